@@ -1,0 +1,54 @@
+# Everything a fresh clone needs: `make demo` and `make test` build their own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH = $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+BASE = $(VENV)/.base.stamp
+TOOLS = $(VENV)/.tools.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint types format check clean
+
+help: ## Say what each target does
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
+
+demo: $(BASE) ## Run the whole pipeline on the embedded world
+	$(BIN)/alignpipe run
+
+test: $(TOOLS) ## Run every test
+	$(BIN)/python -m pytest
+
+test-fast: $(TOOLS) ## Run the tests that take under ten seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(TOOLS) ## Look for slips in style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TOOLS) ## Check types
+	$(BIN)/mypy
+
+format: $(TOOLS) ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test ## lint, types and test
+
+clean: ## Remove the environment and caches; outputs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: it is by far the largest, and a failed download is then repeated by itself.
+$(VENV)/.torch.stamp: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "alignpipe needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	touch $@
+
+$(BASE): $(VENV)/.torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(TOOLS): $(VENV)/.torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	touch $@

@@ -1,0 +1,6 @@
+"""`python -m alignpipe`: the same as the `alignpipe` command."""
+
+from alignpipe.cli import main
+
+if __name__ == "__main__":
+    main()

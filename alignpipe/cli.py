@@ -1,0 +1,191 @@
+"""The `alignpipe` command: run, plan, status, ls, config, data.
+
+Each command imports what it needs inside itself, so that none but a stage that really runs waits for torch.
+Words -> exit code, one line on standard error when it is not 0.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from alignpipe import __version__
+from alignpipe.errors import AlignpipeError, ConfigError, did_you_mean
+
+WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
+RunName = Annotated[str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")]
+OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(
+    help="From a base language model to an aligned one: SFT, reward model, rejection sampling, PPO, DPO.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """Entry point: run a command and turn what a user can cause into one line and an exit code."""
+    try:
+        _check_command(sys.argv[1:])
+        app()
+    except AlignpipeError as error:
+        _error_console().print(f"error: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away; what is still buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _check_command(argv: list[str]) -> None:
+    commands = ["run", "plan", "status", "ls", "config", "data"]
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        hint = "Did you mean alignpipe run?" if "=" in argv[0] else did_you_mean(argv[0], commands)
+        raise ConfigError(f"there is no command {argv[0]!r}. {hint}")
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _error_console() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"alignpipe {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _without_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(context_settings=WORDS, add_help_option=False)
+def run(context: typer.Context) -> None:
+    """Run a pipeline or one stage; what is finished is reused. `alignpipe run --help` tells the words."""
+    from alignpipe.compose.command_line import read_line
+    from alignpipe.compose.composition import compose
+
+    argv = list(context.args)
+    line = read_line(argv)
+    if {"--help", "--hydra-help", "--info", "--cfg"} & set(line.flags):
+        from alignpipe.hydra_front import show
+
+        typer.echo(show(line, argv), nl=False)
+    elif line.multirun:
+        from alignpipe.hydra_front import sweep
+
+        raise typer.Exit(sweep(line, _console()))
+    else:
+        composed = compose(argv)
+        from alignpipe.pipeline import runner
+
+        runner.run(composed.config, argv, composed.yaml)
+
+
+@app.command(context_settings=WORDS)
+def plan(context: typer.Context) -> None:
+    """Say what `run` with the same words would do, and do nothing."""
+    from alignpipe.compose.composition import compose
+    from alignpipe.pipeline.plan import make_plan, print_plan
+
+    print_plan(make_plan(compose(list(context.args)).config), _console())
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")
+    ] = None,
+    as_json: AsJson = False,
+    output_dir: OutputDir = Path("outputs"),
+) -> None:
+    """Say how each stage of a run stands."""
+    from alignpipe.pipeline.status import print_status, run_status
+
+    found = run_status(output_dir, run)
+    if as_json:
+        _print_json(found)
+    else:
+        print_status(found, _console())
+
+
+@app.command("ls")
+def list_all(as_json: AsJson = False, output_dir: OutputDir = Path("outputs")) -> None:
+    """List the runs, newest first."""
+    from alignpipe.pipeline.status import list_runs, print_runs
+
+    runs = list_runs(output_dir)
+    if as_json:
+        _print_json(runs)
+    else:
+        print_runs(runs, _console())
+
+
+@config_app.command("show", context_settings=WORDS)
+def show_config(context: typer.Context) -> None:
+    """Print the configuration that the words make, every value filled in."""
+    from alignpipe.compose.composition import compose
+
+    typer.echo(compose(list(context.args)).resolved_yaml, nl=False)
+
+
+@config_app.command("search", context_settings=WORDS)
+def search_config(
+    context: typer.Context, word: Annotated[str, typer.Argument(help="Part of a key or of its meaning.")]
+) -> None:
+    """List the keys that a word stands in, with value, meaning and file; more words compose as in `run`."""
+    from alignpipe.compose.composition import compose
+    from alignpipe.compose.key_search import search
+
+    found = search(word, compose(list(context.args)))
+    if not found:
+        raise ConfigError(f"no key and no meaning holds {word!r}; alignpipe config show prints all keys")
+    for item in found:
+        typer.echo(f"{item.key}={json.dumps(item.value, ensure_ascii=False)}")
+        typer.echo(f"    {item.comment} ({item.file})" if item.comment else f"    ({item.file or 'schema'})")
+
+
+@data_app.command("check", context_settings=WORDS)
+def check_data(
+    context: typer.Context,
+    path: Annotated[str, typer.Argument(help="toy, a file, or a hub id.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read a data set and say what it is, what it suits, which rows are bad; data.KEY=VALUE as in `run`."""
+    from alignpipe.compose.command_line import read_line
+    from alignpipe.compose.composition import compose
+    from alignpipe.data.check import check_data, print_report
+
+    argv = list(context.args)
+    word = [] if any(item.startswith("data=") for item in read_line(argv).words) else [f"data={path}"]
+    config = compose([*word, *argv]).config
+    report = check_data(config.data)
+    if as_json:
+        _print_json(report)
+    else:
+        print_report(report, _console())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,162 @@
+"""Checks on words and configurations that no field alone can make: secrets, names, keys nobody reads."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from alignpipe.compose.yaml_files import CODE_KEYS, key_lines
+from alignpipe.config import KINDS, Config, StageConfig
+from alignpipe.errors import ConfigError, did_you_mean
+
+TRACKERS = ("tensorboard", "wandb")
+_SECRETS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
+    re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"),
+    re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
+    re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    re.compile(r"://[^/\s:@]+:[^/\s@]+@"),
+)
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Windows gives these names to devices, with any suffix; a run may be copied there.
+_DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_READS = re.compile(r"\$\{model\.training\.(\w+)\.(\w+)\}")
+
+
+def check_words(words: list[str]) -> None:
+    """Refuse words that hold a secret, name code, or are no `key=value`.
+
+    Raises:
+        ConfigError: the value of a secret is not repeated.
+    """
+    for word in words:
+        key, equals, value = word.partition("=")
+        if _is_secret(value):
+            raise ConfigError(_secret(key))
+        if any(name in re.split(r"[.@+~]", key) for name in CODE_KEYS):
+            raise ConfigError(
+                f"{key}: refused, no configuration names code to run; a stage is chosen by its kind"
+            )
+        if not equals and not key.startswith("~"):
+            known = {*KINDS, "llama2_style", "instructgpt_style", "zephyr_style", "from_scratch"}
+            group = "stage" if key in KINDS else "pipeline"
+            hint = f"Did you mean {group}={key}?" if key in known else "For example seed=1."
+            raise ConfigError(f"{word!r} is no word of the form key=value. {hint}")
+        if equals and not key.strip("+~"):
+            raise ConfigError(f"{word!r}: there is no key before the =; write key=value")
+
+
+def check_values(config: Config, built_in: Path, user: Path | None) -> None:
+    """Check what stands between groups.
+
+    Args:
+        config: the whole configuration.
+        built_in: folder of the built-in files; they tell which keys of `model.training` are read.
+        user: folder of the user's own, if there is one.
+
+    Raises:
+        ConfigError: every problem found, at most 20.
+    """
+    found = [
+        *_names(config),
+        *_empty_paths(config),
+        *_training(config, [built_in, user]),
+        *_mixes(config, built_in),
+        *_secrets(config),
+    ]
+    if found:
+        raise ConfigError("; ".join(found[:20]))
+
+
+def hide_secrets(text: str) -> str:
+    """A text with everything that looks like a secret blotted out."""
+    for pattern in _SECRETS:
+        text = pattern.sub("***", text)
+    return text
+
+
+def _is_secret(value: str) -> bool:
+    return any(pattern.search(value) for pattern in _SECRETS)
+
+
+def _secret(key: str) -> str:
+    return f"{key}: looks like a secret; put it in the environment (HF_TOKEN, WANDB_API_KEY), remove it here"
+
+
+def _secrets(config: Config) -> Iterator[str]:
+    for key, value in _leaves(asdict(config), ""):
+        if isinstance(value, str) and _is_secret(value):
+            yield _secret(key)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def named_stages(config: Config) -> dict[str, StageConfig]:
+    """Where each stage stands in the configuration -> the stage."""
+    alone = {"stage": config.stage} if config.stage is not None else {}
+    return alone | {f"stages.{name}": stage for name, stage in config.stages.items()}
+
+
+def _names(config: Config) -> Iterator[str]:
+    name = config.run.name
+    if name is not None and (not _RUN_NAME.fullmatch(name) or _DEVICE_NAMES.fullmatch(name)):
+        shown = name if len(name) <= 40 else f"{name[:40]}..."
+        yield f"run.name: {shown!r} is no folder name; use letters, digits, . _ -, a letter or digit first"
+    if not config.output_dir.strip():
+        yield "output_dir: is empty; name a folder, for example outputs"
+    for tracker in config.trackers:
+        if tracker not in TRACKERS:
+            yield f"trackers: there is no {tracker!r}. {did_you_mean(tracker, TRACKERS)}"
+    for stage in config.stages:
+        if not _RUN_NAME.fullmatch(stage) or stage in ("base", "latest"):
+            yield f"stages.{stage}: {stage!r} names no stage; use letters, digits, . _ -, not base or latest"
+
+
+def _empty_paths(config: Config) -> Iterator[str]:
+    if not config.model.path.strip():
+        yield "model.path: is empty; write model=FOLDER, model=OWNER/NAME or model=tiny"
+    if any(not stage.data.path.strip() for stage in named_stages(config).values()):
+        yield "data.path: is empty; write data=./my.jsonl, data=OWNER/NAME or data=toy"
+
+
+def _training(config: Config, folders: list[Path | None]) -> Iterator[str]:
+    read = {
+        (kind, key)
+        for folder in folders
+        if folder is not None
+        for path in folder.rglob("*.yaml")
+        for kind, key in _READS.findall(path.read_text(encoding="utf-8", errors="replace"))
+    }
+    for kind, values in config.model.training.items():
+        at = f"model.training.{kind}"
+        if kind not in KINDS:
+            yield f"{at}: there is no kind of stage {kind!r}. {did_you_mean(kind, KINDS)}"
+            continue
+        known = [spec.name for spec in fields(KINDS[kind])]
+        for key in values or {}:
+            if key not in known:
+                yield f"there is no key '{at}.{key}'. {did_you_mean(key, known)}"
+            elif (kind, key) not in read:
+                yield f"{at}.{key}: no stage reads it; set stages.NAME.{key} or stage.{key} instead"
+
+
+def _mixes(config: Config, built_in: Path) -> Iterator[str]:
+    prefix = "world.mix."
+    lines = key_lines(built_in / "data" / "toy.yaml")
+    known = [line.key.removeprefix(prefix) for line in lines if line.key.startswith(prefix)]
+    stages = named_stages(config).items()
+    for at, section in [("data", config.data), *((f"{at}.data", stage.data) for at, stage in stages)]:
+        for kind in section.world.mix:
+            if kind not in known:
+                yield f"there is no key '{at}.{prefix}{kind}'. {did_you_mean(kind, known)}"
+                return

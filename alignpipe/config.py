@@ -1,0 +1,489 @@
+"""The typed schema of every group in conf/, and the checks a type cannot make.
+
+YAML -> Hydra -> these dataclasses. Every default stands in conf/, so a field here has a type, a check and
+`MISSING`; the only defaults are those that say where a value is inherited from. Nothing in a configuration
+names code to run: a stage is chosen by its `kind`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import II, MISSING
+
+from alignpipe.errors import ConfigError, did_you_mean
+
+BASE = "base"
+TOY = "toy"
+TINY = "tiny"
+LATEST = "latest"
+FORMATS = (
+    "auto",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "preference",
+    "ranked",
+    "prompts",
+    "text",
+)
+SHARES = ("sft", "preference", "rl", "eval")
+
+
+def number(
+    *,
+    above: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    in_key: bool = True,
+) -> Any:
+    """A numeric field with its bounds; `in_key=False` when the value cannot change a stage's result."""
+    return field(default=MISSING, metadata={"above": above, "min": minimum, "max": maximum, "in_key": in_key})
+
+
+def choice(*options: str, in_key: bool = True) -> Any:
+    """A text field that takes one of a few words."""
+    return field(default=MISSING, metadata={"options": options, "in_key": in_key})
+
+
+def plain(*, in_key: bool = True) -> Any:
+    """A field without a check of its own."""
+    return field(default=MISSING, metadata={"in_key": in_key})
+
+
+@dataclass
+class ColumnsConfig:
+    """Which column of the user's file holds which field; null means the usual names are tried."""
+
+    prompt: str | None = plain()
+    response: str | None = plain()
+    chosen: str | None = plain()
+    rejected: str | None = plain()
+    responses: str | None = plain()
+    ranks: str | None = plain()
+    messages: str | None = plain()
+    instruction: str | None = plain()
+    input: str | None = plain()
+    text: str | None = plain()
+    system: str | None = plain()
+
+
+@dataclass
+class SharesConfig:
+    """Fractions into which prompts are split, once, by a hash of their text."""
+
+    sft: float = number(minimum=0, maximum=1)
+    preference: float = number(minimum=0, maximum=1)
+    rl: float = number(minimum=0, maximum=1)
+    eval: float = number(above=0, maximum=0.5)
+
+
+@dataclass
+class GuidelineConfig:
+    """What the labelers are told to weigh."""
+
+    helpful: float = number(minimum=0)
+    truthful: float = number(minimum=0)
+    harmless: float = number(minimum=0)
+
+
+@dataclass
+class BiasConfig:
+    """What the labelers reward without being told to, in units of the gold score."""
+
+    length: float = number()
+    flattery: float = number()
+    # Loss of a response that refuses or admits not to know.
+    confidence: float = number()
+    # Standard deviation between labelers of their own weights on the guideline.
+    subjectivity: float = number(minimum=0)
+
+
+@dataclass
+class LabelersConfig:
+    """The simulated people who rank responses on the embedded world."""
+
+    num_labelers: int = number(minimum=1, maximum=100)
+    noise: float = number(minimum=0)
+    tie_margin: float = number(minimum=0)
+    guideline: GuidelineConfig = field(default_factory=GuidelineConfig)
+    bias: BiasConfig = field(default_factory=BiasConfig)
+
+
+@dataclass
+class WorldConfig:
+    """Size and make-up of the embedded world."""
+
+    seed: int = number(minimum=0, maximum=2**32 - 1)
+    num_prompts: int = number(minimum=200)
+    # Share of demonstrations that are good answers.
+    quality: float = number(minimum=0, maximum=1)
+    # Weight of each kind of prompt; a kind left out has weight 1.
+    mix: dict[str, float] = plain()
+
+
+@dataclass
+class DataConfig:
+    """A data set, and how its rows become records."""
+
+    path: str = plain(in_key=False)
+    format: str = choice(*FORMATS)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    split: str = plain()
+    revision: str | None = plain(in_key=False)
+    max_rows: int | None = number(minimum=1)
+    max_bad: float = number(minimum=0, maximum=1)
+    on_overflow: str = choice("drop", "cut", "error")
+    shares: SharesConfig = field(default_factory=SharesConfig)
+    labelers: LabelersConfig = field(default_factory=LabelersConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+def inherited(schema: Any, root: str) -> Any:
+    """An instance of `schema` in which each leaf is an interpolation of the same leaf below `root`."""
+    leaves = {}
+    for spec in fields(schema):
+        nested = spec.default_factory() if callable(spec.default_factory) else None
+        at = f"{root}.{spec.name}"
+        leaves[spec.name] = inherited(type(nested), at) if is_dataclass(nested) else II(at)
+    return schema(**leaves)
+
+
+def _root_data() -> Any:
+    """The data of one stage: the root's, but for what the stage says."""
+    return inherited(DataConfig, "data")
+
+
+@dataclass
+class ArchitectureConfig:
+    """Shape of a Llama (arXiv:2302.13971) that is built from nothing; read when `model.path` is `tiny`."""
+
+    hidden_size: int = number(minimum=8)
+    intermediate_size: int = number(minimum=8)
+    num_layers: int = number(minimum=1)
+    num_heads: int = number(minimum=1)
+    seed: int = number(minimum=0, maximum=2**32 - 1)
+
+
+@dataclass
+class ModelConfig:
+    """A base model and what depends on its size."""
+
+    path: str = plain(in_key=False)
+    revision: str | None = plain(in_key=False)
+    chat_template: str = plain()
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    attn_implementation: str = choice("sdpa", "eager", "flash_attention_2", in_key=False)
+    max_length: int = number(minimum=8)
+    max_prompt_length: int = number(minimum=1)
+    max_response_length: int = number(minimum=1)
+    # Per kind of stage: values that conf/stage/*.yaml read by interpolation.
+    training: dict[str, Any] = plain()
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are sampled."""
+
+    temperature: float = number(above=0)
+    batch_size: int = number(minimum=1, in_key=False)
+
+
+@dataclass
+class LaunchConfig:
+    """What the run runs on."""
+
+    device: str = choice("auto", "cpu", "cuda", "mps")
+    precision: str = choice("fp32", "bf16")
+
+
+@dataclass
+class RunConfig:
+    """The run's own name."""
+
+    name: str | None = plain()
+
+
+@dataclass
+class PipelineConfig:
+    """A chain of stages, by name, in the order they run."""
+
+    name: str = plain()
+    order: list[str] = plain()
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    kind: str = plain()
+    seed: int = number(minimum=0, maximum=2**32 - 1)
+    data: DataConfig = field(default_factory=_root_data)
+
+
+@dataclass
+class SamplingConfig(StageConfig):
+    """A stage that samples responses to prompts."""
+
+    max_prompt_length: int = number(minimum=1)
+    max_response_length: int = number(minimum=1)
+    temperature: float = number(above=0)
+    generation_batch_size: int = number(minimum=1, in_key=False)
+
+
+@dataclass
+class OptimizerConfig(StageConfig):
+    """AdamW (arXiv:1711.05101) with warm-up, and how often a stage looks up from training."""
+
+    learning_rate: float = number(above=0)
+    lr_schedule: str = choice("cosine", "linear", "constant")
+    warmup_ratio: float = number(minimum=0, maximum=1)
+    min_lr_ratio: float = number(minimum=0, maximum=1)
+    weight_decay: float = number(minimum=0)
+    adam_beta1: float = number(minimum=0, maximum=0.99999)
+    adam_beta2: float = number(minimum=0, maximum=0.99999)
+    adam_epsilon: float = number(above=0)
+    max_grad_norm: float = number(above=0)
+    batch_size: int = number(minimum=1)
+    micro_batch_size: int = number(minimum=1, in_key=False)
+    save_steps: int = number(minimum=1, in_key=False)
+    log_steps: int = number(minimum=1, in_key=False)
+
+
+@dataclass
+class TrainingConfig(OptimizerConfig):
+    """Training over a fixed set of rows, with held-out rows to look at."""
+
+    epochs: float = number(above=0)
+    max_steps: int | None = number(minimum=1)
+    max_length: int = number(minimum=2)
+    eval_steps: int | None = number(minimum=1)
+    eval_rows: int = number(minimum=0)
+
+
+@dataclass
+class SFTConfig(TrainingConfig, SamplingConfig):
+    """Supervised fine-tuning."""
+
+    policy: str = plain(in_key=False)
+    loss_on: str = choice("response", "all")
+    num_samples: int = number(minimum=0)
+
+
+@dataclass
+class RMConfig(TrainingConfig):
+    """Reward model."""
+
+    policy: str = plain(in_key=False)
+    demonstrations: DataConfig = field(default_factory=_root_data)
+
+
+@dataclass
+class DPOConfig(TrainingConfig, SamplingConfig):
+    """Direct preference optimization."""
+
+    policy: str = plain(in_key=False)
+    reference: str = plain(in_key=False)
+    beta: float = number(above=0)
+    num_samples: int = number(minimum=0)
+
+
+@dataclass
+class RSConfig(TrainingConfig, SamplingConfig):
+    """Rejection sampling: sample, keep the best, fine-tune on it."""
+
+    policy: str = plain(in_key=False)
+    reward_model: str = plain(in_key=False)
+    demonstrations: DataConfig = field(default_factory=_root_data)
+    num_prompts: int | None = number(minimum=1)
+    num_samples: int = number(minimum=2)
+    replay: float = number(minimum=0, maximum=0.9)
+
+
+@dataclass
+class PPOConfig(OptimizerConfig, SamplingConfig):
+    """Proximal policy optimization."""
+
+    policy: str = plain(in_key=False)
+    reference: str = plain(in_key=False)
+    reward_model: str = plain(in_key=False)
+    num_rollouts: int = number(minimum=1)
+    rollout_size: int = number(minimum=2)
+    num_samples: int = number(minimum=1)
+    ppo_epochs: int = number(minimum=1)
+    value_learning_rate: float = number(above=0)
+    kl_coef: float = number(minimum=0)
+    kl_controller: str = choice("fixed", "adaptive")
+    target_kl: float = number(above=0)
+    kl_horizon: float = number(above=0)
+    gamma: float = number(minimum=0, maximum=1)
+    gae_lambda: float = number(minimum=0, maximum=1)
+    clip_range: float = number(above=0)
+    value_clip_range: float = number(above=0)
+    score_clip: float = number(above=0)
+    missing_eos_penalty: float = number(minimum=0)
+
+
+@dataclass
+class CollectConfig(SamplingConfig):
+    """Sample several responses a prompt and have them ranked."""
+
+    policy: str = plain(in_key=False)
+    num_prompts: int | None = number(minimum=1)
+    num_samples: int = number(minimum=2, maximum=9)
+    judge: str = choice(TOY)
+
+
+@dataclass
+class EvalConfig(SamplingConfig):
+    """Score several policies on the same held-out prompts."""
+
+    policies: list[str] = plain(in_key=False)
+    reference: str | None = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    judge: str = choice("auto", TOY, "none")
+    num_prompts: int = number(minimum=1)
+
+
+KINDS: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "collect": CollectConfig,
+    "rm": RMConfig,
+    "rs": RSConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+    "eval": EvalConfig,
+}
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    seed: int = number(minimum=0, maximum=2**32 - 1)
+    output_dir: str = plain()
+    trackers: list[str] = plain()
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    stage: StageConfig | None = None
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    pipeline: PipelineConfig | None = None
+
+
+def num_steps(config: TrainingConfig, num_rows: int) -> int:
+    """Optimizer updates that a configuration asks for over some rows."""
+    steps = max(1, math.ceil(num_rows * config.epochs / config.batch_size))
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def num_ppo_steps(config: PPOConfig) -> int:
+    """Optimizer updates of the policy in a whole PPO stage."""
+    return (
+        config.num_rollouts
+        * config.ppo_epochs
+        * config.rollout_size
+        * config.num_samples
+        // config.batch_size
+    )
+
+
+def register() -> None:
+    """Put the schema where conf/*.yaml find it, in a group of its own so that it is no option of theirs."""
+    store = ConfigStore.instance()
+    groups: dict[str, type] = {
+        "config": Config,
+        "model": ModelConfig,
+        "data": DataConfig,
+        "rollout": RolloutConfig,
+        "launch": LaunchConfig,
+        "pipeline": PipelineConfig,
+    }
+    for name, node in {**groups, **KINDS}.items():
+        store.store(group="schema", name=name, node=node)
+
+
+def problems(config: Any, path: str = "") -> Iterator[str]:
+    """Every value out of its bounds, as `key: what is wrong`."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        key = f"{path}.{spec.name}" if path else spec.name
+        if is_dataclass(value):
+            yield from problems(value, key)
+        elif isinstance(value, dict) and value and all(is_dataclass(item) for item in value.values()):
+            for name, item in value.items():
+                yield from problems(item, f"{key}.{name}")
+        elif (complaint := _complaint(value, dict(spec.metadata))) is not None:
+            yield f"{key}: {complaint}"
+    yield from _relations(config, path)
+
+
+def _complaint(value: Any, rule: dict[str, Any]) -> str | None:
+    if value is None:
+        return None
+    if "options" in rule and value not in rule["options"]:
+        return f"there is no {value!r} here. {did_you_mean(str(value), rule['options'])}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return f"must be a finite number, got {value}"
+    if rule.get("above") is not None and value <= rule["above"]:
+        return f"must be more than {rule['above']}, got {value}"
+    if rule.get("min") is not None and value < rule["min"]:
+        return f"must be at least {rule['min']}, got {value}"
+    if rule.get("max") is not None and value > rule["max"]:
+        return f"must be at most {rule['max']}, got {value}"
+    return None
+
+
+def _relations(config: Any, path: str) -> Iterator[str]:
+    """Checks between two keys of one section."""
+    at = f"{path}." if path else ""
+    if isinstance(config, SharesConfig):
+        total = config.sft + config.preference + config.rl + config.eval
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            yield f"{path}: the four fractions must add up to 1, they make {total:g}"
+    if isinstance(config, GuidelineConfig) and config.helpful + config.truthful + config.harmless <= 0:
+        yield f"{path}: at least one weight must be above 0"
+    if isinstance(config, OptimizerConfig) and config.batch_size % min(config.micro_batch_size, config.batch_size):
+        near = _nearest_multiples(config.batch_size, config.micro_batch_size)
+        yield (
+            f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
+            f"{config.micro_batch_size}; nearest: {near}"
+        )
+    if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
+        yield (
+            f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
+            f"must be a multiple of batch_size {config.batch_size}"
+        )
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below, above = value // step * step, (value // step + 1) * step
+    return f"{below} or {above}" if below else str(above)
+
+
+def semantic(config: Any) -> dict[str, Any]:
+    """The part of a stage's configuration that decides its result, as plain values."""
+    result: dict[str, Any] = {}
+    for spec in fields(config):
+        if spec.metadata.get("in_key", True):
+            value = getattr(config, spec.name)
+            result[spec.name] = semantic(value) if is_dataclass(value) else value
+    return result
+
+
+def check(config: Config) -> None:
+    """Raise one error with every problem found.
+
+    Raises:
+        ConfigError: some value is out of its bounds; at most 20 are named.
+    """
+    found = list(problems(config))
+    if found:
+        raise ConfigError("; ".join(found[:20]))

@@ -1,0 +1,52 @@
+"""Examples of unequal length -> one right-padded batch of tensors.
+
+Causal models never look ahead, so on the right of a sequence padding needs no attention mask. What is real
+comes from the lengths: never from comparing ids with the pad id, which a text may hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alignpipe.data.encoding import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """A batch of sequences.
+
+    Attributes:
+        input_ids: (B, T) long, padded on the right.
+        lengths: (B,) long, real tokens of each row.
+        loss_mask: (B, T) bool, True where a token is learnt; the token at t is predicted from those before
+            it.
+    """
+
+    input_ids: torch.Tensor
+    lengths: torch.Tensor
+    loss_mask: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """Returns the batch on another device."""
+        return TokenBatch(self.input_ids.to(device), self.lengths.to(device), self.loss_mask.to(device))
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in the batch; waits for the device."""
+        return int(self.lengths.sum())
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
+    """Pads examples on the right to the longest of them.
+
+    Raises:
+        ValueError: There is no example, or one is empty.
+    """
+    lengths = [len(example.ids) for example in examples]
+    if not lengths or min(lengths) == 0:
+        raise ValueError("a batch needs at least one example, and each at least one token")
+    width = max(lengths)
+    ids = [example.ids + [pad_id] * (width - len(example.ids)) for example in examples]
+    mask = [example.mask + [False] * (width - len(example.mask)) for example in examples]
+    return TokenBatch(torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask))

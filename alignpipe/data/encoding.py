@@ -1,0 +1,260 @@
+"""Records -> token ids with a mask of what is learnt, cut or dropped to a length; no torch.
+
+`mask[i]` says that token `i` is learnt, predicted from the tokens before it; so the first is never set.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, Text, messages_text
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import DataError
+
+Item = TypeVar("Item")
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence and which of its tokens are learnt; both lists have the same length."""
+
+    ids: list[int]
+    mask: list[bool]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a model reads."""
+        return len(self.ids)
+
+    @property
+    def num_items(self) -> int:
+        """Tokens that are learnt."""
+        return sum(self.mask)
+
+
+@dataclass(frozen=True, slots=True)
+class RankedExample:
+    """The sequences of one ranking.
+
+    Attributes:
+        examples: One a response, all beginning with the same prompt; only the response is learnt.
+        ranks: One an example; 1 is best.
+        gold: True worth of each, where it is known.
+        prompt_length: Tokens of the prompt.
+    """
+
+    examples: tuple[Example, ...]
+    ranks: tuple[float, ...]
+    gold: tuple[float, ...] | None
+    prompt_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a model reads, over all responses."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def num_items(self) -> int:
+        """One: all pairs of a prompt weigh as one."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(Generic[Item]):
+    """What became of records.
+
+    Attributes:
+        examples: What can be batched.
+        num_overflow: Records over the length, whether they were cut or dropped.
+        kept: For each example, the index of its record.
+    """
+
+    examples: list[Item]
+    num_overflow: int
+    kept: list[int]
+
+
+class _Fit(NamedTuple, Generic[Item]):
+    """One record fitted into a length: what is left of it, and how many tokens it had."""
+
+    item: Item | None
+    length: int
+
+
+def encode_demonstrations(
+    records: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    max_length: int,
+    on_overflow: str,
+    loss_on: str = "response",
+) -> Encoded[Example]:
+    """Encodes conversations.
+
+    Args:
+        records: The conversations.
+        tokenizer: With the template they are written in.
+        max_length: Tokens an example may have, at least 2.
+        on_overflow: For one over it: `drop` it, `cut` the prompt from the left (BOS stays) and only then the
+            response from the right, or `error`.
+        loss_on: `response` learns the assistant's turns, `all` every token.
+
+    Raises:
+        DataError: One is over the length and that is an error, or none is left.
+    """
+
+    def fit(record: Demonstration) -> _Fit[Example]:
+        ids, mask = tokenizer.encode_conversation(record.messages)
+        length = len(ids)
+        if length > max_length:
+            if on_overflow != "cut":
+                return _Fit(None, length)
+            prompt_length = len(tokenizer.encode_prompt(record.prompt))
+            start, end = _cut_prompt(ids[:prompt_length], length - max_length, tokenizer)
+            ids, mask = [*ids[:start], *ids[end:]][:max_length], [*mask[:start], *mask[end:]][:max_length]
+        mask = [False, *(mask[1:] if loss_on == "response" else [True] * (len(ids) - 1))]
+        return _Fit(Example(ids, mask), length)
+
+    return _encode(records, fit, "max_length", max_length, on_overflow)
+
+
+def encode_rankings(
+    records: Sequence[Ranking], tokenizer: Tokenizer, max_length: int, on_overflow: str
+) -> Encoded[RankedExample]:
+    """Encodes rankings; each response is one example, and all of a ranking have the same prompt.
+
+    Responses that are equal in tokens are one, with the best of their ranks; a ranking in which no two
+    responses differ in rank teaches nothing and is left out.
+
+    Args:
+        records: The rankings.
+        tokenizer: With the template they are written in.
+        max_length: Tokens an example may have, at least 2.
+        on_overflow: For responses over it: `drop` them (and the ranking when fewer than two are left), `cut`
+            the prompt from the left for all of them, then each from the right, or `error`.
+
+    Raises:
+        DataError: One is over the length and that is an error, or none is left.
+    """
+
+    def fit(record: Ranking) -> _Fit[RankedExample]:
+        prompt, responses = tokenizer.encode_responses(record.prompt, record.responses)
+        length = len(prompt) + max(map(len, responses))
+        if length > max_length and on_overflow == "cut":
+            start, end = _cut_prompt(prompt, length - max_length, tokenizer)
+            prompt = [*prompt[:start], *prompt[end:]]
+            responses = [response[: max_length - len(prompt)] for response in responses]
+        first: dict[tuple[int, ...], int] = {}
+        for index in sorted(range(len(responses)), key=record.ranks.__getitem__):
+            if len(prompt) + len(responses[index]) <= max_length:
+                first.setdefault(tuple(responses[index]), index)
+        chosen = sorted(first.values())
+        ranks = tuple(record.ranks[index] for index in chosen)
+        if len(set(ranks)) < 2:
+            return _Fit(None, length)
+        examples = tuple(_example(prompt, responses[index]) for index in chosen)
+        gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
+        return _Fit(RankedExample(examples, ranks, gold, len(prompt)), length)
+
+    return _encode(records, fit, "max_length", max_length, on_overflow)
+
+
+def encode_prompts(
+    records: Sequence[Prompt], tokenizer: Tokenizer, max_prompt_length: int, on_overflow: str
+) -> Encoded[list[int]]:
+    """Encodes prompts, up to and with what opens the assistant's turn.
+
+    Args:
+        records: The prompts.
+        tokenizer: With the template they are written in.
+        max_prompt_length: Tokens a prompt may have.
+        on_overflow: For one over it: `drop` it, `cut` it from the left (BOS stays), or `error`.
+
+    Raises:
+        DataError: One is over the length and that is an error, or none is left.
+    """
+
+    def fit(record: Prompt) -> _Fit[list[int]]:
+        ids = tokenizer.encode_prompt(record.messages)
+        length = len(ids)
+        if length > max_prompt_length:
+            if on_overflow != "cut":
+                return _Fit(None, length)
+            start, end = _cut_prompt(ids, length - max_prompt_length, tokenizer)
+            ids = [*ids[:start], *ids[end:]]
+        return _Fit(ids, length)
+
+    return _encode(records, fit, "max_prompt_length", max_prompt_length, on_overflow)
+
+
+def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> Encoded[Example]:
+    """Encodes documents, each ended by EOS and cut into windows in which every token is learnt.
+
+    A window begins with the last token of the one before, so that each token of a document but its first is
+    learnt exactly once. Nothing is over the length.
+
+    Args:
+        records: The documents.
+        tokenizer: Its template is not used.
+        max_length: Tokens a window may have, at least 2.
+    """
+    examples: list[Example] = []
+    kept: list[int] = []
+    for index, record in enumerate(records):
+        ids = [*tokenizer.encode_text(record.text), tokenizer.eos_id]
+        for start in range(0, max(1, len(ids) - 1), max_length - 1):
+            window = ids[start : start + max_length]
+            examples.append(Example(window, [False] + [True] * (len(window) - 1)))
+            kept.append(index)
+    return Encoded(examples, 0, kept)
+
+
+def _example(prompt: list[int], response: list[int]) -> Example:
+    return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
+
+
+def _cut_prompt(prompt: list[int], surplus: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Returns begin and end of what to take out: `surplus` tokens after BOS, of which at least one stays."""
+    start = 1 if prompt[:1] == [tokenizer.bos_id] else 0
+    return start, start + min(surplus, len(prompt) - 1)
+
+
+def _encode(
+    records: Sequence[AnyRecord],
+    fit: Callable[[AnyRecord], _Fit[Item]],
+    key: str,
+    limit: int,
+    on_overflow: str,
+) -> Encoded[Item]:
+    encoded: Encoded[Item] = Encoded([], 0, [])
+    num_overflow = 0
+    lengths: list[int] = []
+    for index, record in enumerate(records):
+        item, length = fit(record)
+        lengths.append(length)
+        num_overflow += length > limit
+        if length > limit and on_overflow == "error":
+            raise DataError(
+                f"row {index + 1} of those read ({_shown(record)}) has {length} tokens, more than "
+                f"{key}={limit}; "
+                f"raise {key} or set data.on_overflow=cut or drop"
+            )
+        if item is not None:
+            encoded.examples.append(item)
+            encoded.kept.append(index)
+    if records and not encoded.examples:
+        raise DataError(_none_left(lengths, key, limit, on_overflow))
+    return Encoded(encoded.examples, num_overflow, encoded.kept)
+
+
+def _shown(record: Record) -> str:
+    text = " ".join((record.text if isinstance(record, Text) else messages_text(record.prompt)).split())
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _none_left(lengths: list[int], key: str, limit: int, on_overflow: str) -> str:
+    sizes = f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens"
+    if max(lengths) <= limit:
+        return f"none of {sizes} has two responses of different rank, so there is nothing to learn; rank them"
+    mend = f"raise {key}" if on_overflow == "cut" else f"raise {key} or set data.on_overflow=cut"
+    return f"nothing is left of {sizes} within {key}={limit}; {mend}"

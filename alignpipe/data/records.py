@@ -1,0 +1,106 @@
+"""The records that data sets are made of, whatever file they came from: rows of any format -> these types.
+
+A prompt is a conversation that ends with what the assistant is to answer; a response is text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+RecordType = Literal["demonstrations", "rankings", "prompts", "text"]
+RECORD_TYPES: tuple[RecordType, ...] = ("demonstrations", "rankings", "prompts", "text")
+ROLES = ("system", "user", "assistant")
+# InstructGPT's labelers ranked 4 to 9 responses (arXiv:2203.02155, 3.5); a pair is the smallest ranking.
+MIN_RESPONSES, MAX_RESPONSES = 2, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        content: What was said.
+        input: Alpaca's second field, the text that an instruction is about; None where there is none.
+    """
+
+    role: str
+    content: str
+    input: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A conversation whose last message is the assistant's, to be imitated."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last one."""
+        return self.messages[:-1]
+
+    @property
+    def response(self) -> str:
+        """The text of the last message."""
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Two to nine responses to one prompt, ranked.
+
+    Attributes:
+        prompt: Messages up to the response.
+        responses: The texts.
+        ranks: One a response; 1 is best, equal ranks are ties.
+        gold: True worth of each response, where it is known.
+    """
+
+    prompt: tuple[Message, ...]
+    responses: tuple[str, ...]
+    ranks: tuple[float, ...]
+    gold: tuple[float, ...] | None = None
+
+    @property
+    def best(self) -> int:
+        """Index of the response ranked first; the earliest of a tie."""
+        return min(range(len(self.ranks)), key=self.ranks.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for the assistant's response."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The same messages, by the name that the other records use."""
+        return self.messages
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A raw document."""
+
+    text: str
+
+
+Record = Demonstration | Ranking | Prompt | Text
+
+
+def messages_text(messages: tuple[Message, ...]) -> str:
+    """Returns the text of a conversation: a lone user turn is its content, else `role: content` blocks."""
+    if len(messages) == 1 and messages[0].role == "user":
+        return content_text(messages[0])
+    return "\n\n".join(f"{message.role}: {content_text(message)}" for message in messages)
+
+
+def content_text(message: Message) -> str:
+    """Returns a message's content with its `input`, if any, a blank line below."""
+    return message.content if message.input is None else f"{message.content}\n\n{message.input}"
+
+
+def prompt_text(record: Record) -> str:
+    """Returns the canonical text of a record's prompt, which decides its share; a document's is itself."""
+    return record.text if isinstance(record, Text) else messages_text(record.prompt)

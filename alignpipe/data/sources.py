@@ -1,0 +1,286 @@
+"""Where records come from: the embedded world, files of any format, the hub, a collect stage -> records.
+
+What breaks a file stops the reading with `file:line`; what spoils a row is counted and set aside, and stops
+the reading only above `data.max_bad`.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from alignpipe.config import TOY, DataConfig, semantic
+from alignpipe.data.dialogue import RowFault
+from alignpipe.data.embedded import read_world, world_hash
+from alignpipe.data.formats import TYPES, Layout, find_layout, read_record
+from alignpipe.data.hub import is_hub_id, read_hub, resolve_commit
+from alignpipe.data.lines import Row
+from alignpipe.data.preferences import write_rankings
+from alignpipe.data.records import RECORD_TYPES, RecordType
+from alignpipe.data.rows import is_data_file, read_rows
+from alignpipe.errors import DataError
+
+__all__ = [
+    "RANKINGS",
+    "DataSource",
+    "RecordSet",
+    "Rejected",
+    "content_hash",
+    "detect_format",
+    "find_source",
+    "read_records",
+    "readable_types",
+    "write_rankings",
+    "write_rejected",
+]
+
+# What a collect stage's folder holds.
+RANKINGS = "rankings.jsonl"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set that exists.
+
+    Attributes:
+        kind: Where it is.
+        path: Absolute path of a file or folder; the id on the hub; `toy`.
+        config: How its rows become records.
+    """
+
+    kind: Literal["toy", "file", "hub", "collect"]
+    path: str
+    config: DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that cannot be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSet:
+    """What a data set holds.
+
+    Attributes:
+        records: Usable rows in order.
+        rejected: The others.
+        num_rows: Of both together.
+        format: How rows were read; `toy` for the embedded world.
+        places: For each record, `file:line`; empty for the embedded world.
+    """
+
+    records: list[Any]
+    rejected: list[Rejected]
+    num_rows: int
+    format: str
+    places: list[str]
+
+
+def find_source(name: str, config: DataConfig) -> DataSource:
+    """Finds the data set that a name stands for, if it is no stage.
+
+    Args:
+        name: `toy`, a file, a folder of data files or of a collect stage, or a hub id.
+        config: How its rows are to be read.
+
+    Raises:
+        DataError: There is no such file or folder, or the folder holds no data.
+    """
+    if name == TOY:
+        return DataSource("toy", TOY, config)
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        if (path / RANKINGS).is_file():
+            return DataSource("collect", str(path), config)
+        if not _files(path):
+            raise DataError(f"{path} holds no data file; give a .jsonl, .json, .csv, .parquet or .txt file")
+        return DataSource("file", str(path), config)
+    if path.exists():
+        return DataSource("file", str(path), config)
+    # `folder/file` looks like a hub id as well; what begins with a folder that is here, or ends as data, is a
+    # file.
+    if is_hub_id(name) and not is_data_file(path) and not path.parent.is_dir():
+        return DataSource("hub", name, config)
+    raise DataError(_missing(name, path))
+
+
+def _missing(name: str, path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"no data file {path}: there is no folder {folder}; give {TOY}, a file or a hub id"
+    siblings = sorted(entry.name for entry in folder.iterdir() if is_data_file(entry))
+    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.3)
+    mend = f"did you mean {Path(name).parent / close[0]}?" if close else f"give {TOY}, a file or a hub id"
+    return f"no data file {path}; {mend}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and is_data_file(path))
+
+
+def _paths(source: DataSource) -> list[Path]:
+    path = Path(source.path)
+    if source.kind == "collect":
+        return [path / RANKINGS]
+    return _files(path) if path.is_dir() else [path]
+
+
+def content_hash(source: DataSource, hash_file: Callable[[Path], str] | None = None) -> str:
+    """Returns a sha256 of what a data set holds, or the commit of one on the hub.
+
+    Args:
+        source: The data set. Of the embedded world, the code and the world's own settings count; the labelers
+            do not, since only rankings depend on them.
+        hash_file: sha256 of a file, if the caller remembers them.
+
+    Raises:
+        DataError: A file cannot be read.
+        MachineError: The hub cannot be reached.
+    """
+    if source.kind == "hub":
+        return resolve_commit(source.path, source.config.revision)
+    if source.kind == "toy":
+        return _digest([world_hash(), semantic(source.config.world)])
+    hash_file = hash_file or _hash_file
+    paths = _paths(source)
+    try:
+        return (
+            hash_file(paths[0])
+            if len(paths) == 1
+            else _digest([[path.name, hash_file(path)] for path in paths])
+        )
+    except OSError as error:
+        raise DataError(
+            f"{source.path} cannot be read: {error.strerror}; check its name and permissions"
+        ) from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def rows_of(source: DataSource) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of a file, hub or collect source, each with the name of its file.
+
+    Raises:
+        DataError: As in `read_rows`.
+        MachineError: The hub cannot be reached.
+    """
+    if source.kind == "hub":
+        for row in read_hub(source.path, source.config.split, source.config.revision):
+            yield source.path, row
+        return
+    for path in _paths(source):
+        for row in read_rows(path):
+            yield str(path), row
+
+
+def layout_of(source: DataSource) -> Layout:
+    """Finds how the rows of a file, hub or collect source are read, from the first that can be.
+
+    Raises:
+        DataError: No row can be read, or columns that are needed are not there.
+    """
+    wanted = "ranked" if source.kind == "collect" else source.config.format
+    for file, row in rows_of(source):
+        if row.fault is None:
+            return find_layout(row.values, wanted, source.config.columns, f"{file}:{row.line}")
+    raise DataError(f"{source.path} has no row that can be read; expected JSON objects, one a line")
+
+
+def detect_format(source: DataSource) -> str:
+    """Returns the format of a data set: `data.format`, or what its columns say; `toy` for the embedded world.
+
+    Raises:
+        DataError: As in `layout_of`.
+    """
+    return TOY if source.kind == "toy" else layout_of(source).format
+
+
+def readable_types(source: DataSource) -> frozenset[RecordType]:
+    """Returns the types of record that a data set can serve.
+
+    Raises:
+        DataError: As in `layout_of`.
+    """
+    return frozenset(RECORD_TYPES) if source.kind == "toy" else TYPES[layout_of(source).format]
+
+
+def read_records(source: DataSource, want: RecordType) -> RecordSet:
+    """Reads a data set as records of one type.
+
+    Args:
+        source: The data set.
+        want: The type; see `readable_types`.
+
+    Raises:
+        ConfigError: The embedded world cannot be made as configured.
+        DataError: The data set holds no such records, a file is broken, or more than `data.max_bad` of the
+            rows cannot be used; names the first of them.
+        MachineError: The hub cannot be reached.
+    """
+    if source.kind == "toy":
+        world = read_world(source.config, want)
+        return RecordSet(world, [], len(world), TOY, [])
+    layout = layout_of(source)
+    if want not in TYPES[layout.format]:
+        holds = ", ".join(sorted(TYPES[layout.format]))
+        raise DataError(
+            f"{source.path} has the format {layout.format}, which gives {holds}; {want} are wanted here: "
+            "give other "
+            "data, or set data.format or data.columns"
+        )
+    found = scan(source, layout, want)
+    if len(found.rejected) > source.config.max_bad * found.num_rows or not found.records:
+        first = found.rejected[0]
+        raise DataError(
+            f"{first.file}:{first.line}: {first.reason}. {len(found.rejected)} of {found.num_rows} rows "
+            "cannot be "
+            f"used, more than data.max_bad={source.config.max_bad:g} allows; mend them or raise data.max_bad"
+        )
+    return found
+
+
+def scan(source: DataSource, layout: Layout, want: RecordType) -> RecordSet:
+    """Reads all rows, however many of them are bad.
+
+    Raises:
+        DataError: A file is broken.
+    """
+    found = RecordSet([], [], 0, layout.format, [])
+    count = 0
+    for file, row in islice(rows_of(source), source.config.max_rows):
+        count += 1
+        try:
+            if row.fault is not None:
+                raise RowFault(row.fault)
+            found.records.append(read_record(row.values, layout, want))
+            found.places.append(f"{file}:{row.line}")
+        except RowFault as fault:
+            found.rejected.append(Rejected(file, row.line, str(fault)))
+    return RecordSet(found.records, found.rejected, count, found.format, found.places)
+
+
+def write_rejected(rejected: Sequence[Rejected], path: Path) -> None:
+    """Writes the rows that were set aside, one JSON object with file, line and reason a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rejected]
+    path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))

@@ -1,0 +1,82 @@
+"""What a user can cause, as one line: what is wrong and where, what was expected, how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AlignpipeError(Exception):
+    """A failure that is told in one line, without a traceback.
+
+    Attributes:
+        exit_code: what the process returns to the shell.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(AlignpipeError):
+    """A key, value, option or name in the configuration is wrong."""
+
+    exit_code = 2
+
+
+class DataError(AlignpipeError):
+    """A data file is missing, broken, or lacks what the stage needs."""
+
+    exit_code = 3
+
+
+class CheckpointError(AlignpipeError):
+    """A model folder is missing, half-written, damaged or of the wrong kind."""
+
+    exit_code = 4
+
+
+class MachineError(AlignpipeError):
+    """The machine cannot do it: disk, lock, device, network."""
+
+    exit_code = 5
+
+
+class NumericalError(AlignpipeError):
+    """A loss, gradient or score is not finite."""
+
+    exit_code = 6
+
+
+class Stopped(AlignpipeError):
+    """A signal asked for the end; the state is saved and the same command goes on."""
+
+    exit_code = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `word`, or None when nothing is close.
+
+    A choice that holds the same letters in another order, or starts with the word, wins over plain
+    similarity, since those are the commonest slips of the hand.
+    """
+    choices = list(dict.fromkeys(choices))
+    lowered = {choice.lower(): choice for choice in reversed(choices)}
+    word = word.lower()
+    starts = [choice for choice in lowered if choice.startswith(word)]
+    anagrams = [choice for choice in lowered if sorted(choice) == sorted(word)]
+    close = difflib.get_close_matches(word, list(lowered), n=1, cutoff=0.6)
+    best = anagrams or close or (starts if len(starts) == 1 else [])
+    return lowered[best[0]] if best else None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A sentence that names the nearest choice, and all of them while they are few.
+
+    >>> did_you_mean("sfft", ["sft", "rm"])
+    'Did you mean sft? (rm, sft)'
+    """
+    choices = sorted(set(choices))
+    best = nearest(word, choices)
+    listed = (
+        ", ".join(choices) if len(choices) <= 12 else f"{', '.join(choices[:12])}, ... {len(choices)} in all"
+    )
+    if best is None:
+        return f"Known: {listed}." if choices else ""
+    return f"Did you mean {best}? ({listed})" if len(choices) <= 12 else f"Did you mean {best}?"

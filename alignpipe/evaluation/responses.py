@@ -1,0 +1,100 @@
+"""Responses of a policy to many prompts, kept item by item so that a stopped stage goes on where it was.
+
+prompts -> sampled token ids -> text, EOS or not
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from alignpipe.config import SamplingConfig
+from alignpipe.data.encoding import Example
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.rollout.generate import generate
+from alignpipe.training.context import Context
+
+PROMPTS_PER_RECORD = 256
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    Attributes:
+        ids: its tokens, with the stop token when it came to one.
+        text: decoded, without special tokens.
+        finished: it ended by itself within the limit.
+    """
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+    def example(self, prompt: Sequence[int]) -> Example:
+        """Prompt and response as one row whose response tokens are learnt or scored."""
+        return Example([*prompt, *self.ids], [False] * len(prompt) + [True] * len(self.ids))
+
+
+def respond(
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    config: SamplingConfig,
+    context: Context,
+    name: str = "responses",
+) -> list[list[Response]]:
+    """Sample `num_samples` responses to each prompt.
+
+    What is drawn depends on the seed and the index of the prompt alone, so an interrupted stage ends with the same
+    responses, and several policies asked the same prompts share their random numbers.
+
+    Args:
+        policy: in eval mode or not, its dropout is off.
+        tokenizer: of the policy.
+        prompts: token ids, with the generation prompt.
+        num_samples: a prompt.
+        config: temperature, lengths, batch.
+        context: journal, progress, stop signal.
+        name: of the journal.
+
+    Returns:
+        For each prompt its responses, in order.
+
+    Raises:
+        Stopped: a signal came; finished prompts are kept.
+    """
+    journal = context.journal(name)
+    found = [_unpack(record) for record in journal.read()]
+    context.progress.begin(f"sampling {name}", len(prompts), len(found))
+    while len(found) < len(prompts):
+        context.stop.check()
+        chosen = range(len(found), min(len(found) + PROMPTS_PER_RECORD, len(prompts)))
+        with context.autocast():
+            rollout = generate(
+                policy,
+                [list(prompts[index]) for index in chosen],
+                num_samples=num_samples,
+                max_new_tokens=config.max_response_length,
+                stop_ids=tokenizer.stop_ids,
+                pad_id=tokenizer.pad_id,
+                temperature=config.temperature,
+                seed=config.seed,
+                prompt_ids=list(chosen),
+                batch_size=config.generation_batch_size,
+                on_batch=context.stop.check,
+            )
+        responses = [
+            [Response(s.ids, tokenizer.decode(s.ids), s.finished) for s in samples]
+            for samples in rollout.samples
+        ]
+        journal.append({"responses": [asdict(response) for response in row]} for row in responses)
+        found.extend(responses)
+        context.progress.update(len(found))
+    return found
+
+
+def _unpack(record: dict[str, Any]) -> list[Response]:
+    return [Response(**response) for response in record["responses"]]

@@ -1,0 +1,60 @@
+"""The reward model as every other stage uses it: frozen, its scores shifted and scaled.
+
+prompt and response -> score at the last token -> (score - mean) / deviation on demonstrations
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from alignpipe.artifact import read_manifest
+from alignpipe.data.encoding import Example
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.models.loading import freeze
+from alignpipe.models.scalar_head import load_scalar_model
+from alignpipe.rollout.score import Normalizer, response_scores
+from alignpipe.training.context import Context
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A frozen reward model with its normalisation.
+
+    Attributes:
+        model: gives raw scores.
+        normalizer: of raw scores.
+        pad_id: of its tokenizer.
+        batch_size: responses scored at once.
+        context: precision to compute in.
+    """
+
+    model: PreTrainedModel
+    normalizer: Normalizer
+    pad_id: int
+    batch_size: int
+    context: Context
+
+    def __call__(self, examples: Sequence[Example]) -> NDArray[np.float64]:
+        """Normalised scores (N,) of prompts with responses."""
+        with self.context.autocast():
+            scores = response_scores(self.model, examples, self.pad_id, self.batch_size, self.normalizer)
+        return scores.double().numpy()
+
+
+def load_reward_model(
+    context: Context, tokenizer: Tokenizer, batch_size: int, role: str = "reward_model"
+) -> RewardModel:
+    """The frozen reward model of a stage."""
+    source = context.model(role)
+    model = load_scalar_model(source, tokenizer, context.task.attn_implementation, context.device)
+    return RewardModel(freeze(model), read_normalizer(source.folder()), tokenizer.pad_id, batch_size, context)
+
+
+def read_normalizer(folder: Path) -> Normalizer:
+    """Shift and scale that the rm stage measured; none for a reward model from elsewhere."""
+    manifest = read_manifest(folder)
+    return Normalizer.from_metrics({} if manifest is None else manifest.metrics)

@@ -1,0 +1,141 @@
+"""Log-probabilities of the tokens that stand in a sequence, and sums over masks.
+
+logits (B, T, V), ids (B, T) -> logprobs (B, T - 1); values, mask -> masked sums, means, whitened values
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of a (tokens, vocabulary) block that are held in float32 at once: 16 MiB.
+BLOCK_ELEMENTS = 2**22
+
+
+def token_logprobs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log p(x_{t+1} | x_{<=t}) = z[x_{t+1}] - logsumexp(z)`, with z = logits / temperature.
+
+    Works through blocks of tokens in float32, forwards and backwards, so that the only thing of size
+    (tokens x vocabulary) beside the logits is their gradient, in their own dtype.
+
+    Args:
+        logits: (B, T, V), any float dtype; position t holds the prediction of token t + 1.
+        input_ids: (B, T), the tokens themselves.
+        temperature: of the sampling distribution whose logprobs are wanted.
+
+    Returns:
+        (B, T - 1) float32, natural logarithms (float64 where the logits are).
+    """
+    # The last position predicts nothing: it gets any target and is cut off, which spares copying logits.
+    targets = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
+    return target_logprobs(logits, targets, temperature)[:, :-1]
+
+
+def target_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """`log p(target) = z[target] - logsumexp(z)` at every position, with z = logits / temperature.
+
+    Args:
+        logits: (..., V), any float dtype.
+        targets: (...), long.
+        temperature: of the sampling distribution whose logprobs are wanted.
+
+    Returns:
+        (...) float32, natural logarithms (float64 where the logits are).
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    logprobs: Tensor = _TokenLogprobs.apply(flat, targets.reshape(-1), temperature)  # type: ignore[no-untyped-call]
+    return logprobs.view(targets.shape)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Rows of logits (N, V) and targets (N,) -> logprobs (N,); keeps only logits and the N normalizers."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        normalizers, chosen = [], []
+        for rows, ids in zip(_blocks(logits), torch.split(targets, _block_rows(logits)), strict=True):
+            scaled = _scaled(rows, temperature)
+            normalizers.append(scaled.logsumexp(-1))
+            chosen.append(scaled.gather(-1, ids[:, None]).squeeze(-1))
+        normalizer = torch.cat(normalizers)
+        ctx.save_for_backward(logits, targets, normalizer)
+        ctx.temperature = temperature
+        return torch.cat(chosen) - normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """`d logp / d z_v = (1[v = target] - p_v) / temperature`."""
+        logits, targets, normalizer = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        size = _block_rows(logits)
+        weights = grads[0] / ctx.temperature
+        parts = zip(
+            _blocks(logits),
+            _blocks(result),
+            *(torch.split(x, size) for x in (targets, normalizer, weights)),
+            strict=True,
+        )
+        for rows, out, ids, norm, weight in parts:
+            probabilities = (_scaled(rows, ctx.temperature) - norm[:, None]).exp_()
+            gradient = probabilities.mul_(-weight[:, None])
+            gradient.scatter_add_(-1, ids[:, None], weight[:, None])
+            out.copy_(gradient)
+        return result, None, None
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """H = -sum_v p_v log p_v of every next-token distribution.
+
+    Args:
+        logits: (..., V), any float dtype.
+        temperature: of the distribution.
+
+    Returns:
+        (...) float32, nats.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    parts = []
+    for rows in _blocks(flat):
+        logprobs = _scaled(rows, temperature).log_softmax(-1)
+        parts.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of the values where the mask is true; what stands elsewhere, infinities too, plays no part."""
+    kept = values.masked_fill(~mask.bool(), 0.0)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of the values where the mask is true; 0 where it is true nowhere."""
+    count = mask.sum() if dim is None else mask.sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over everything under the mask; 0 elsewhere.
+
+    Args:
+        values: any shape; pass the whole rollout, not a minibatch, for whitening that is global.
+        mask: same shape.
+        eps: keeps equal values at 0.
+    """
+    centered = values - masked_mean(values, mask)
+    variance = masked_mean(centered.square(), mask)
+    return (centered * (variance + eps).rsqrt()).masked_fill(~mask.bool(), 0.0)
+
+
+def _block_rows(logits: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS // logits.shape[-1])
+
+
+def _blocks(logits: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(logits, _block_rows(logits))
+
+
+def _scaled(rows: Tensor, temperature: float) -> Tensor:
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return wide if temperature == 1.0 else wide / temperature

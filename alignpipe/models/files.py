@@ -1,0 +1,103 @@
+"""Is a model folder whole and safe to open? Asked before transformers sees it, so that an error is one line.
+
+folder -> nothing, or CheckpointError
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from alignpipe.errors import CheckpointError, did_you_mean
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def check_files(folder: Path) -> None:
+    """Make sure that a folder holds a model that can be opened without running anybody's code.
+
+    Args:
+        folder: as written by `save_pretrained`.
+
+    Raises:
+        CheckpointError: no such folder, no or broken `config.json`, code of its own, pickled weights only,
+            shards that are missing or cut short.
+    """
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise CheckpointError(
+            f"{folder}: there is no such folder. {did_you_mean(folder.name, siblings)}".strip()
+        )
+    _check_config(folder)
+    for shard in _shards(folder):
+        _check_shard(shard)
+
+
+def _check_config(folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder}: an adapter without its model; merge it into the model first")
+        raise CheckpointError(f"{folder}: no {CONFIG} in it; expected a folder written by save_pretrained")
+    config = _read_json(folder / CONFIG)
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{folder / CONFIG}: auto_map asks for code that comes with the model, which is never run; "
+            f"use a model that transformers knows, or remove auto_map if its model_type is one"
+        )
+    if "_attn_implementation_internal" in config:
+        raise CheckpointError(
+            f"{folder / CONFIG}: _attn_implementation_internal can name code to be fetched; remove the key"
+        )
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{folder / CONFIG}: no model_type in it; write it again with save_pretrained")
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        if pickled:
+            raise CheckpointError(
+                f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert them "
+                f"where you trust them with save_pretrained of transformers, which writes {WEIGHTS}"
+            )
+        raise CheckpointError(f"{folder}: no weights ({WEIGHTS}) in it; was it written to the end?")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX}: no weight_map of shard names in it; copy the model again")
+    names = sorted(set(weight_map.values()))
+    strays = [name for name in names if Path(name).name != name]
+    if strays:
+        raise CheckpointError(f"{folder / INDEX}: shard {strays[0]!r} lies outside of the folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} weight files missing, first {missing[0]}; "
+            f"copy the model again"
+        )
+    return [folder / name for name in names]
+
+
+def _check_shard(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cut short or damaged ({error}); copy the model again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); copy the model again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; copy the model again"
+        )
+    return value

@@ -1,0 +1,34 @@
+"""One forward of a language model, from a batch to the logprobs of its learnt tokens.
+
+model, TokenBatch -> logprobs (B, T - 1)
+"""
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignpipe.data.collate import TokenBatch
+from alignpipe.losses.logprobs import target_logprobs
+
+
+def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+    """Logprobs of the tokens under the loss mask; the language model head works only where one is predicted.
+
+    Needs no attention mask: padding is on the right, where a causal model does not look.
+
+    Args:
+        model: a causal language model, in any mode; keeps the graph unless gradients are off.
+        batch: B sequences.
+        temperature: of the distribution whose logprobs are wanted.
+
+    Returns:
+        (B, T - 1) float32, column t - 1 for the token at t, as `batch.loss_mask[:, 1:]` is; 0 where that is
+        false.
+    """
+    mask = batch.loss_mask[:, 1:]
+    positions = mask.any(0).nonzero().squeeze(1)
+    # transformers applies the head, and what the architecture does after it, at these positions alone.
+    output = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=positions)
+    found = target_logprobs(output.logits, batch.input_ids[:, positions + 1], temperature)
+    result = found.new_zeros(mask.shape)
+    result[:, positions] = found
+    return result.masked_fill(~mask, 0.0)

@@ -1,0 +1,326 @@
+"""Opens the models that stages train and sample from.
+
+path or hub id, tokenizer -> causal language model: whole, finite, float32, without dropout, ids set
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import logging
+
+from alignpipe.config import TINY, ArchitectureConfig
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import CheckpointError, ConfigError, MachineError
+from alignpipe.models.files import check_files
+
+MAX_POSITIONS = 512
+SCORE = "score.weight"
+# Everything a model needs, and nothing that could run.
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a model come from.
+
+    Attributes:
+        path: the reserved word `tiny`, a folder, or a hub id.
+        revision: commit of a hub id.
+        architecture: shape and seed of the model that `tiny` stands for.
+    """
+
+    path: str
+    revision: str | None = None
+    architecture: ArchitectureConfig | None = None
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is built in memory rather than read."""
+        return self.path == TINY
+
+    def folder(self) -> Path:
+        """The folder that holds the files; a hub id is fetched into the hub's own cache first.
+
+        Raises:
+            CheckpointError: there is no such folder, and no such model on the hub.
+            MachineError: the hub cannot be reached and the model is not in the cache.
+        """
+        folder = Path(self.path).expanduser()
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        return folder if looks_local or folder.is_dir() else self._fetch()
+
+    def _fetch(self) -> Path:
+        try:
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(HUB_FILES)))
+        except LocalEntryNotFoundError as error:
+            raise MachineError(
+                f"{self.path}: no such folder, and not in the hub's cache while the hub cannot be reached; "
+                f"download it where there is a network, or give a folder as model.path"
+            ) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise CheckpointError(f"{self.path}: no such folder, and no such model on the hub") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise MachineError(
+                f"{self.path}: the hub did not deliver it ({_first_line(error)}); try again"
+            ) from error
+
+
+def load_policy(
+    source: ModelSource,
+    tokenizer: Tokenizer,
+    attn_implementation: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Open a causal language model.
+
+    Args:
+        source: where it comes from.
+        tokenizer: whose ids it reads; embeddings grow when it has more of them than the model has rows.
+        attn_implementation: of transformers.
+        device: where it goes.
+
+    Returns:
+        The model in evaluation mode, float32, without dropout, pad, BOS and EOS ids set.
+
+    Raises:
+        CheckpointError: it is missing, half-written, damaged, of another kind, or wants to run code.
+        MachineError: the machine cannot run it, or a hub id cannot be fetched.
+        ConfigError: `model.architecture` describes no model.
+    """
+    if source.is_tiny:
+        return prepare(_build_tiny(source, tokenizer, attn_implementation), tokenizer, device)
+    folder = source.folder()
+    model, missing, unexpected = open_model(AutoModelForCausalLM, folder, attn_implementation)
+    if SCORE in unexpected:
+        raise CheckpointError(f"{folder}: a reward model, where a language model is needed; name a policy")
+    refuse(folder, "missing", missing)
+    refuse(folder, "unknown", unexpected)
+    return prepare(model, tokenizer, device)
+
+
+def tiny_config(tokenizer: Tokenizer, architecture: ArchitectureConfig) -> LlamaConfig:
+    """The configuration of the small Llama (arXiv:2302.13971) that `tiny` stands for, embeddings tied.
+
+    Raises:
+        ConfigError: the heads do not divide the hidden size into even parts.
+    """
+    if architecture.hidden_size % (2 * architecture.num_heads):
+        raise ConfigError(
+            f"model.architecture.hidden_size: {architecture.hidden_size} must be a multiple of twice "
+            f"num_heads ({architecture.num_heads}), since rotary positions turn pairs of numbers in each head"
+        )
+    return LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+
+
+def open_model(
+    auto_class: type[_BaseAutoModelClass], folder: Path, attn_implementation: str, **settings: Any
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """Open a folder with transformers, safetensors only and no code of its own.
+
+    Args:
+        auto_class: which head to put on.
+        folder: the checkpoint.
+        attn_implementation: of transformers.
+        settings: more fields of the model's configuration.
+
+    Returns:
+        The model, and the names of weights that were missing and that were left over.
+
+    Raises:
+        CheckpointError: it cannot be opened, or weights have another shape than `config.json` says.
+        MachineError: the attention implementation is not installed.
+    """
+    check_files(folder)
+    try:
+        with quiet():
+            model, info = auto_class.from_pretrained(
+                folder,
+                config=_configuration(folder, settings),
+                dtype=torch.float32,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                # Only so that the names come back: a mismatch is refused below.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except ImportError as error:
+        raise MachineError(f"model.attn_implementation: {_first_line(error)}; use sdpa") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot open it: {_first_line(error)}") from error
+    refuse(folder, "wrongly shaped", {str(name) for name, *_ in info["mismatched_keys"]})
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+def refuse(folder: Path, what: str, names: Iterable[str]) -> None:
+    """Raise when any weight is wrong in a way.
+
+    Raises:
+        CheckpointError: names the first three, and how many there are.
+    """
+    names = sorted(names)
+    if names:
+        more = f", ... {len(names)} in all" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{folder}: {what} weights: {', '.join(names[:3])}{more}; "
+            f"the files do not belong to its config.json"
+        )
+
+
+def prepare(model: PreTrainedModel, tokenizer: Tokenizer, device: torch.device | str) -> PreTrainedModel:
+    """Make any model fit for a stage: finite, as many rows as ids, ids set, on its device.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
+    _check_finite(model)
+    _grow_embeddings(model, tokenizer.vocab_size)
+    stop_ids = list(tokenizer.stop_ids)
+    ids = {
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids,
+    }
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in ids.items():
+            setattr(config, name, value)
+    if model.can_generate():
+        # A fresh one: sampling defaults of the base (top-p and the like) are not what it is trained under.
+        model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
+    model.to(device)  # type: ignore[arg-type]
+    model.train(False)
+    return model
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the gradients off a model: a reference or a reward model."""
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in evaluation mode inside the block, and back to what it was after it."""
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off the terminal inside the block."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(ERROR)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _build_tiny(source: ModelSource, tokenizer: Tokenizer, attn_implementation: str) -> PreTrainedModel:
+    if source.architecture is None:
+        raise ConfigError("model.architecture: needed to build model.path=tiny")
+    config = tiny_config(tokenizer, source.architecture)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(source.architecture.seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+    return model
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"weight {name} holds NaN or infinity; use an earlier checkpoint of this model"
+            )
+
+
+def _configuration(folder: Path, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The folder's configuration without dropout.
+
+    Ratios and KL compare two passes over the same tokens, so both must be the same function.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **settings
+    )
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model was made for; None when its architecture has no such limit."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", config.attribute_map.get("max_position_embeddings", ""))
+    found = [value for name in names if isinstance(value := vars(config).get(name), int)]
+    return found[0] if found else None
+
+
+def num_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embeddings: ids the model can read."""
+    weight = model.get_input_embeddings().get_parameter("weight")
+    return weight.shape[0]
+
+
+def _grow_embeddings(model: PreTrainedModel, num_ids: int) -> None:
+    """New rows are the mean of the old ones: likely like any token, and the same on every machine."""
+    rows = num_rows(model)
+    if num_ids <= rows:
+        return
+    # With a random mean_resizing the rows would depend on the state of the global generator.
+    model.resize_token_embeddings(num_ids, mean_resizing=False)
+    heads = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for layer in (model.get_input_embeddings(), heads):
+        if layer is None:
+            continue
+        for parameter in layer.parameters(recurse=False):
+            with torch.no_grad():
+                parameter[rows:] = parameter[:rows].mean(0)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

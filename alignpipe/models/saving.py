@@ -1,0 +1,107 @@
+"""Writes a checkpoint that any other tool opens, and makes sure of it.
+
+model, tokenizer -> folder of safetensors and JSON that `from_pretrained` opens with equal outputs
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.models.files import CONFIG
+from alignpipe.models.loading import evaluating, num_rows, quiet
+
+ModelKind = Literal["policy", "reward"]
+PROBE_SHAPE = (3, 16)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, configuration, tokenizer and chat template.
+
+    Args:
+        model: a policy or a scalar model, unwrapped.
+        tokenizer: that it was trained with.
+        folder: made when it is not there.
+
+    Raises:
+        MachineError: the disk refuses it.
+    """
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+        tokenizer.save(folder)
+        _add_older_keys(folder / CONFIG)
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{folder}: the model cannot be written ({error}); free some space") from error
+
+
+def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None:
+    """Open a folder the way any user of transformers does, and compare it with the model in memory.
+
+    On a CPU in float32 the outputs must be equal bit for bit, elsewhere within rounding.
+
+    Args:
+        model: that was saved.
+        folder: where.
+        kind: which head it has.
+
+    Raises:
+        CheckpointError: it does not open, or gives other outputs.
+    """
+    auto_class = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
+    try:
+        with quiet():
+            reloaded = auto_class.from_pretrained(
+                folder,
+                attn_implementation=model.config._attn_implementation,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: written, but cannot be opened again ({error})") from error
+    ids = _probe(model)
+    reloaded.to(model.device)  # type: ignore[arg-type]
+    mine, theirs = _outputs(model, ids), _outputs(reloaded, ids)
+    exact = model.device.type == "cpu" and model.dtype == torch.float32
+    same = torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+    if not same:
+        raise CheckpointError(
+            f"{folder}: opened again it gives other outputs (largest difference "
+            f"{(mine - theirs).abs().max().item():.3g}); the files do not hold what was trained"
+        )
+
+
+def _add_older_keys(path: Path) -> None:
+    """Name things as transformers 4 does too: without `rope_theta` it takes 10000, in silence."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault(
+                "rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"}
+            )
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """Ids spread over the vocabulary, none of them the pad: a plain classifier reads the last other one."""
+    rows, columns = PROBE_SHAPE
+    size = num_rows(model)
+    ids = torch.arange(rows * columns).mul(7919).remainder(size - 1).view(rows, columns)
+    ids += ids >= model.config.pad_token_id
+    return ids.to(model.device)
+
+
+def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.inference_mode(), evaluating(model):
+        logits: Tensor = model(input_ids=ids).logits
+    return logits

@@ -1,0 +1,152 @@
+"""How many rows a stage gets and how many are too long, read without torch.
+
+node -> records of its share -> a sample of them encoded -> rows used, warnings
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
+from alignpipe.data.encoding import encode_demonstrations, encode_prompts, encode_rankings, encode_texts
+from alignpipe.data.records import Ranking, Record, RecordType
+from alignpipe.data.shares import in_share
+from alignpipe.data.sources import DataSource, read_records, readable_types
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import DataError
+from alignpipe.pipeline.graph import WANTED, DataRef, Graph, Node
+from alignpipe.pipeline.hub import model_folder
+
+# Enough for a share of 1 % to be seen, few enough for a plan to take seconds.
+MAX_ENCODED = 2000
+
+
+@dataclass
+class Rows:
+    """What a stage has to work on.
+
+    Attributes:
+        used: rows it trains on or samples from, pairs for dpo; None where an earlier stage decides.
+        warnings: one sentence each.
+    """
+
+    used: int | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
+    """Read the data of a stage and count what is left of it.
+
+    Raises:
+        DataError: the data is broken, or no row is left.
+    """
+    ref = node.data["data"]
+    if ref.source is None:
+        return _of_collect(node, graph, config, chat_template)
+    want = _wanted(node, ref.source)
+    found = read_records(ref.source, want)
+    records = in_share(found.records, ref.share, ref.config.shares, _salt(ref))
+    rows = Rows()
+    if found.rejected:
+        first = found.rejected[0]
+        rows.warnings.append(
+            f"{node.name}: {len(found.rejected)} of {found.num_rows} rows cannot be used "
+            f"(first {first.file}:{first.line}: {first.reason})"
+        )
+    if not records:
+        raise DataError(
+            f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
+            f"({ref.share}); give more rows or change data.shares"
+        )
+    tokenizer = base_tokenizer(config, chat_template)
+    sample = records[:: max(1, len(records) // MAX_ENCODED)]
+    left, total, limit = _encoded(node, sample, tokenizer)
+    share_over = 1 - left / total if total else 0.0
+    if share_over > 0:
+        rows.warnings.append(
+            f"{node.name}: about {share_over:.1%} of its rows are over {limit} and {_fate(ref)}; "
+            f"see data.on_overflow and {limit.split('=')[0]}"
+        )
+    rows.used = _capped(node, round(_units(want, records, node) * (left / total if total else 1.0)))
+    return rows
+
+
+def base_tokenizer(config: Config, chat_template: str) -> Tokenizer:
+    """The tokenizer of the base model, which every stage of a run shares."""
+    if config.model.path == TINY:
+        return Tokenizer.toy()
+    return Tokenizer.load(model_folder(config.model.path, config.model.revision), chat_template)
+
+
+def _wanted(node: Node, source: DataSource) -> RecordType:
+    if source.config.format == "text":
+        return "text"
+    types = readable_types(source)
+    return next(want for want in WANTED[node.kind] if want in types)
+
+
+def _salt(ref: DataRef) -> str:
+    return "collect" if ref.source is not None and ref.source.kind == "collect" else ""
+
+
+def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[int, int, str]:
+    """Rows that fit, rows looked at, and the limit in words.
+
+    Raises:
+        DataError: none fits, or rows over length are an error by configuration.
+    """
+    config: Any = node.config
+    policy = config.data.on_overflow
+    want = _wanted(node, node.data["data"].source) if node.data["data"].source else "rankings"
+    if want == "text":
+        encode_texts(records, tokenizer, config.max_length)
+        return len(records), len(records), f"max_length={config.max_length}"
+    if want == "demonstrations":
+        done = encode_demonstrations(
+            records, tokenizer, config.max_length, policy, config.loss_on
+        ).num_overflow
+        limit = f"max_length={config.max_length}"
+    elif want == "rankings":
+        done = encode_rankings(records, tokenizer, config.max_length, policy).num_overflow
+        limit = f"max_length={config.max_length}"
+    else:
+        done = encode_prompts(records, tokenizer, config.max_prompt_length, policy).num_overflow
+        limit = f"max_prompt_length={config.max_prompt_length}"
+    return len(records) - done, len(records), limit
+
+
+def _fate(ref: DataRef) -> str:
+    return {"drop": "are dropped", "cut": "are cut", "error": "stop the run"}[ref.config.on_overflow]
+
+
+def _units(want: RecordType, records: Sequence[Record], node: Node) -> int:
+    """Training rows that some records make: dpo counts pairs, the others records."""
+    if node.kind != "dpo":
+        return len(records)
+    return sum(
+        a != b for record in records if isinstance(record, Ranking) for a, b in combinations(record.ranks, 2)
+    )
+
+
+def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
+    """Rankings that an earlier stage will make: a prompt each, those held out taken off, ties not yet known."""
+    stage = graph.nodes[str(node.data["data"].stage)]
+    prompts = count_rows(stage, graph, config, chat_template).used
+    if prompts is None:
+        return Rows()
+    kept = math.floor(prompts * (1 - node.config.data.shares.eval))
+    if isinstance(node.config, DPOConfig) and isinstance(stage.config, CollectConfig):
+        kept *= math.comb(stage.config.num_samples, 2)
+    return Rows(kept)
+
+
+def _capped(node: Node, rows: int) -> int:
+    """Rows after the stage's own limit."""
+    if not isinstance(node.config, RSConfig | CollectConfig | EvalConfig):
+        return rows
+    limit = node.config.num_prompts
+    capped = rows if limit is None else min(rows, limit)
+    # rs trains on one response a prompt and on the demonstrations it replays.
+    return round(capped / (1 - node.config.replay)) if isinstance(node.config, RSConfig) else capped

@@ -1,0 +1,433 @@
+"""Names -> order: which stage feeds which, and where every input of every stage lies.
+
+A name is, in this order, `base`, a stage of this pipeline, a stage of a run (`RUN/stage`, `latest/stage`), a local
+folder, a hub id. Whatever else it is, is an error with the nearest name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from alignpipe.artifact import POLICY_KINDS
+from omegaconf import MISSING
+
+from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
+from alignpipe.data.hub import is_hub_id
+from alignpipe.data.records import RecordType
+from alignpipe.data.sources import DataSource, find_source, readable_types
+from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from alignpipe.pipeline.hub import model_folder, resolve_revision
+from alignpipe.pipeline.store import Store, manifest_of, run_stages
+
+# What a kind reads, what share of the prompts it sees, and what type of record it wants first.
+ROLES: dict[str, tuple[str, ...]] = {
+    "sft": ("policy",),
+    "collect": ("policy",),
+    "rm": ("policy",),
+    "rs": ("policy", "reward_model"),
+    "ppo": ("policy", "reference", "reward_model"),
+    "dpo": ("policy", "reference"),
+    "eval": ("reference", "reward_model"),
+}
+SHARE = {
+    "sft": "sft",
+    "collect": "preference",
+    "rm": "preference",
+    "dpo": "preference",
+    "rs": "rl",
+    "ppo": "rl",
+}
+WANTED: dict[str, tuple[RecordType, ...]] = {
+    "sft": ("demonstrations", "text"),
+    "collect": ("prompts",),
+    "rm": ("rankings",),
+    "rs": ("prompts",),
+    "ppo": ("prompts",),
+    "dpo": ("rankings",),
+    "eval": ("prompts",),
+}
+DEMONSTRATIONS = "demonstrations"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Weights that a stage reads.
+
+    Attributes:
+        name: as the configuration calls them.
+        path: `tiny`, a folder, or a hub id; "" while they are a stage of this run.
+        revision: commit of a hub id.
+        kind: of the stage that made them, None for weights from elsewhere.
+        key: of the stage that made them; "" where that is not known yet.
+        stage: name of the stage of this run that makes them.
+    """
+
+    name: str
+    path: str = ""
+    revision: str | None = None
+    kind: str | None = None
+    key: str = ""
+    stage: str | None = None
+
+
+@dataclass(frozen=True)
+class DataRef:
+    """Rows that a stage reads.
+
+    Attributes:
+        name: as the configuration calls them.
+        config: how they are read.
+        source: where they lie; None while they are a stage of this run.
+        share: of the prompts.
+        stage: name of the collect stage of this run that makes them.
+    """
+
+    name: str
+    config: DataConfig
+    source: DataSource | None
+    share: str
+    stage: str | None = None
+
+
+@dataclass
+class Node:
+    """One stage of a run, with its inputs.
+
+    Attributes:
+        name: in the run.
+        config: of the stage.
+        models: by role.
+        data: by role.
+        in_order: False for a stage that is only read from the store.
+        key: hash of everything that decides the result; filled in by `keys`.
+        inputs: what the key is made of.
+    """
+
+    name: str
+    config: StageConfig
+    models: dict[str, ModelRef] = field(default_factory=dict)
+    data: dict[str, DataRef] = field(default_factory=dict)
+    in_order: bool = True
+    key: str = ""
+    inputs: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Kind of the stage."""
+        return self.config.kind
+
+    @property
+    def parents(self) -> list[str]:
+        """Stages of this run that the stage reads, each once."""
+        names = [ref.stage for ref in (*self.models.values(), *self.data.values()) if ref.stage is not None]
+        return list(dict.fromkeys(names))
+
+
+@dataclass
+class Graph:
+    """The stages of a run in the order they run; those only read from the store stand first."""
+
+    nodes: dict[str, Node]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    @property
+    def digest(self) -> str:
+        """One hash over the keys of the stages that run, in their order."""
+        return hashlib.sha256("".join(node.key for node in self.order).encode()).hexdigest()
+
+    @property
+    def order(self) -> list[Node]:
+        """The stages that run."""
+        return [node for node in self if node.in_order]
+
+    def lineage(self, name: str) -> set[str]:
+        """Kinds of all stages of this run that stand behind the policy of a stage."""
+        kinds: set[str] = set()
+        node: Node | None = self.nodes[name]
+        while node is not None:
+            ref = node.models.get("policy")
+            if ref is None or ref.kind is None:
+                break
+            kinds.add(ref.kind)
+            node = self.nodes.get(ref.stage) if ref.stage else None
+        return kinds
+
+
+def stages_of(config: Config) -> tuple[dict[str, StageConfig], list[str]]:
+    """The stages by name and the order they run in; a stage alone is named after its kind.
+
+    Raises:
+        ConfigError: the order is empty, repeats a name or holds an unknown one.
+    """
+    if config.stage is not None:
+        return {config.stage.kind: config.stage}, [config.stage.kind]
+    if config.pipeline is None:
+        raise ConfigError(
+            "nothing to run: give stage=KIND or pipeline=NAME (see alignpipe ls, alignpipe run --help)"
+        )
+    order = config.pipeline.order
+    if not order:
+        raise ConfigError(
+            f"pipeline.order: is empty; the stages of this pipeline are {', '.join(config.stages)}"
+        )
+    for name in order:
+        if name not in config.stages:
+            raise ConfigError(
+                f"pipeline.order: there is no stage {name!r}. {did_you_mean(name, config.stages)}"
+            )
+        if order.count(name) > 1:
+            raise ConfigError(
+                f"pipeline.order: {name} stands in it twice; add a second stage of its kind by another name"
+            )
+    return dict(config.stages), order
+
+
+def build_graph(config: Config, store: Store) -> Graph:
+    """Resolve every name of a configuration.
+
+    Raises:
+        ConfigError: a name means nothing, comes later in the order, or is of the wrong kind.
+        CheckpointError: a folder holds no model, or one of the wrong kind.
+        DataError: a data set is missing or holds no rows of the type that the stage reads.
+    """
+    return _Resolver(config, store).graph()
+
+
+class _Resolver:
+    """Resolves the names of one configuration."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.stages, self.order = stages_of(config)
+        self.alone = config.stage is not None
+        self.nodes: dict[str, Node] = {}
+        self.outside: dict[str, Node] = {}
+
+    def graph(self) -> Graph:
+        for name in self.order:
+            self.nodes[name] = self._node(name, in_order=True)
+        return Graph({**self.outside, **self.nodes})
+
+    def _node(self, name: str, *, in_order: bool) -> Node:
+        config = self.stages[name]
+        node = Node(name, config, in_order=in_order)
+        for role in ROLES[config.kind]:
+            label = getattr(config, role)
+            if label is not None:
+                node.models[role] = self._model(name, role, label)
+        if isinstance(config, EvalConfig):
+            if not config.policies:
+                raise ConfigError(f"{self._key(name, 'policies')}: is empty; name at least one policy")
+            for index, label in enumerate(config.policies):
+                node.models[f"policy_{index}"] = self._model(name, "policies", label)
+        node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
+        self._add_demonstrations(node)
+        self._check_judge(node)
+        return node
+
+    def _key(self, stage: str, key: str) -> str:
+        return f"stage.{key}" if self.alone else f"stages.{stage}.{key}"
+
+    def _model(self, stage: str, role: str, label: str) -> ModelRef:
+        key = self._key(stage, role)
+        if label == MISSING:
+            raise ConfigError(f"{key}: is not given; {self._offer(role)}")
+        if label == BASE:
+            ref = self._base()
+        elif label in self.stages and not (self.alone and label == stage):
+            ref = self._own_stage(stage, key, label)
+        elif (found := find_run_stage(self.store, label)) is not None:
+            kind, stage_key = found
+            ref = ModelRef(label, str(self.store.stage(kind, stage_key)), kind=kind, key=stage_key)
+        elif (Path(label).is_dir()) or label.startswith((".", "/", "~")):
+            ref = _folder(label)
+        elif is_hub_id(label):
+            ref = ModelRef(label, label, resolve_revision(label, None))
+        else:
+            known = [BASE, *self.stages, *(f"{LATEST}/{name}" for name in newest_stages(self.store))]
+            raise ConfigError(
+                f"{key}: {label!r} is no stage, run, folder or hub id. {did_you_mean(label, known)}"
+            )
+        return self._of_kind(ref, role, key)
+
+    def _base(self) -> ModelRef:
+        path = self.config.model.path
+        if path == TINY:
+            return ModelRef(BASE, TINY)
+        if Path(path).is_dir() or not is_hub_id(path):
+            ref = _folder(path)
+            return ModelRef(BASE, ref.path, kind=ref.kind, key=ref.key)
+        return ModelRef(BASE, path, resolve_revision(path, self.config.model.revision))
+
+    def _own_stage(self, stage: str, key: str, label: str) -> ModelRef:
+        if label in self.order:
+            if stage in self.order and self.order.index(label) >= self.order.index(stage):
+                raise ConfigError(
+                    f"{key}: {label} does not run before {stage}; the order is {', '.join(self.order)}"
+                )
+        elif label not in self.outside:
+            self.outside[label] = self._node(label, in_order=False)
+        return ModelRef(label, kind=self.stages[label].kind, stage=label)
+
+    def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
+        wanted = ("rm",) if role == "reward_model" else POLICY_KINDS
+        if ref.kind is not None and ref.kind not in wanted:
+            raised = ConfigError if ref.stage is not None else CheckpointError
+            need = (
+                "a reward model (rm)" if role == "reward_model" else f"a policy ({', '.join(POLICY_KINDS)})"
+            )
+            raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
+        if ref.kind is None and ref.stage is None and ref.path != TINY:
+            scalar = _is_scalar(model_folder(ref.path, ref.revision))
+            if scalar != (role == "reward_model"):
+                held = (
+                    "a classifier with a scalar head" if scalar else "a language model without a scalar head"
+                )
+                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {role.replace('_', ' ')}")
+        return ref
+
+    def _offer(self, role: str) -> str:
+        wanted = "rm" if role == "reward_model" else "sft"
+        for run in self.store.runs():
+            for stage in run_stages(run):
+                if stage["kind"] == wanted and self.store.find(stage["kind"], stage["key"]) is not None:
+                    return f"the newest that fits is {run.name}/{stage['name']}"
+        return f"train one first: alignpipe run stage={wanted}"
+
+    def _data(self, stage: str, role: str, config: DataConfig, wanted: tuple[RecordType, ...]) -> DataRef:
+        key, name = self._key(stage, f"{role}.path"), config.path
+        if name in self.stages and not (self.alone and name == stage):
+            if self.stages[name].kind != "collect":
+                raise ConfigError(
+                    f"{key}: {name} is a stage of kind {self.stages[name].kind}; only collect makes data"
+                )
+            self._own_stage(stage, key, name)
+            return DataRef(name, config, None, "train", name)
+        if (found := find_run_stage(self.store, name)) is not None:
+            kind, stage_key = found
+            if kind != "collect":
+                raise ConfigError(f"{key}: {name} is a stage of kind {kind}; only collect makes data")
+            source = DataSource("collect", str(self.store.stage(kind, stage_key)), config)
+            return DataRef(name, config, source, "train")
+        source = find_source(name, config)
+        types = readable_types(source)
+        if not any(want in types for want in wanted):
+            raise DataError(
+                f"{key}: {name} holds {' and '.join(sorted(types))}; stage {stage} needs {' or '.join(wanted)}; "
+                f"give it other data, or name its columns with data.columns"
+            )
+        return DataRef(name, config, source, self._share(stage, source))
+
+    def _share(self, stage: str, source: DataSource) -> str:
+        """The part of a data set that a stage may see.
+
+        A file that only one share of the run reads is used whole, but for the evaluation share; the embedded world
+        is endless and always split.
+        """
+        own = SHARE.get(self.stages[stage].kind, "eval")
+        if own == "eval" or source.kind == TOY:
+            return own
+        return "train" if len(self._shares_reading(self.stages[stage].data.path)) <= 1 else own
+
+    def _shares_reading(self, path: str) -> set[str]:
+        kinds = {self.stages[name].kind for name in self.order if self.stages[name].data.path == path}
+        return {SHARE[kind] for kind in kinds if kind in SHARE}
+
+    def _add_demonstrations(self, node: Node) -> None:
+        """A stage rm is centred on demonstrations and rs replays them, where the root data has any."""
+        config = node.config
+        if config.kind not in ("rm", "rs"):
+            return
+        demonstrations: DataConfig = getattr(config, DEMONSTRATIONS)
+        if demonstrations.path in self.stages:
+            return
+        source = find_source(demonstrations.path, demonstrations)
+        if "demonstrations" in readable_types(source):
+            split = source.kind == TOY or len(self._shares_reading(demonstrations.path) | {"sft"}) > 1
+            share = "sft" if split else "train"
+            node.data[DEMONSTRATIONS] = DataRef(demonstrations.path, demonstrations, source, share)
+        elif isinstance(config, RSConfig) and config.replay > 0:
+            key = self._key(node.name, "replay")
+            raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+
+    def _check_judge(self, node: Node) -> None:
+        """The gold judge knows the embedded world alone."""
+        judge = getattr(node.config, "judge", None)
+        source = node.data["data"].source
+        if judge == TOY and (source is None or source.kind != TOY):
+            key = self._key(node.name, "judge")
+            mend = (
+                "give ranked or paired data to rm instead of a collect stage"
+                if node.kind == "collect"
+                else f"set {key}=auto"
+            )
+            raise ConfigError(f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; {mend}")
+
+
+def find_run_stage(store: Store, label: str) -> tuple[str, str] | None:
+    """Kind and key of `RUN/stage` or `latest/stage`; None when the label has not that form or no such run.
+
+    Raises:
+        ConfigError: the run has no such stage.
+        CheckpointError: the stage is not finished.
+    """
+    run, slash, name = label.partition("/")
+    if not slash or "/" in name:
+        return None
+    folders = (
+        store.runs() if run == LATEST else [store.run(run)] if (store.run(run) / "run.json").is_file() else []
+    )
+    if not folders and run != LATEST:
+        return None
+    seen: list[str] = []
+    for folder in folders:
+        for stage in run_stages(folder):
+            seen.append(stage["name"])
+            if stage["name"] == name and store.find(stage["kind"], stage["key"]) is not None:
+                return stage["kind"], stage["key"]
+    if name in seen:
+        raise CheckpointError(f"{label}: stage {name} is not finished; run it first")
+    raise ConfigError(f"{label}: no run has a stage {name!r} yet. {did_you_mean(name, seen)}".rstrip(" ."))
+
+
+def newest_stages(store: Store) -> list[str]:
+    """Names of the stages of the newest run."""
+    runs = store.runs()
+    return [stage["name"] for stage in run_stages(runs[0])] if runs else []
+
+
+def _folder(label: str) -> ModelRef:
+    folder = Path(label).expanduser()
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = (
+            did_you_mean(folder.name, siblings)
+            if siblings
+            else f"{folder.parent.resolve()} is not there either"
+        )
+        raise CheckpointError(f"{folder.resolve()}: there is no such folder. {hint}".strip())
+    manifest = manifest_of(folder)
+    if manifest is not None:
+        return ModelRef(label, str(folder.resolve()), kind=manifest.kind, key=manifest.key)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder.resolve()}: no config.json in it, so it is no model folder")
+    return ModelRef(label, str(folder.resolve()))
+
+
+def _is_scalar(folder: Path) -> bool:
+    """Whether a folder's model has a scalar head instead of a language model's.
+
+    Raises:
+        CheckpointError: its config.json cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return any("SequenceClassification" in name for name in config.get("architectures") or [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a model configuration ({error})") from error

@@ -1,0 +1,143 @@
+"""The key of a stage: sha256 over everything that decides its result.
+
+configuration, content of data and weights, keys of parents, precision, template, code version -> 16 hex digits
+
+Where it runs, how it logs, how often it saves and how many rows one forward holds are not in it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from alignpipe.artifact import Manifest, read_manifest
+from alignpipe.config import TINY, TOY, Config, semantic
+from alignpipe.data.sources import content_hash
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import AlignpipeError
+from alignpipe.pipeline.graph import DataRef, Graph, ModelRef, Node
+from alignpipe.pipeline.store import FileHashes, Store
+
+# Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 1}
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
+KEY_LENGTH = 16
+# What only people who rank can change; other stages on the embedded world do not read it.
+RANKERS = ("collect", "rm", "dpo")
+
+
+def add_keys(graph: Graph, config: Config, store: Store, chat_template: str) -> None:
+    """Fill in key and inputs of every node, parents first.
+
+    Args:
+        graph: whose nodes get their keys.
+        config: of the run.
+        store: keeps the hashes of files that were read.
+        chat_template: Jinja source for a model without a template of its own.
+    """
+    hashes = FileHashes(store.root / "work" / "hashes.json")
+    for node in graph:
+        node.inputs = _inputs(node, graph, config, hashes, chat_template)
+        node.key = _digest(node.inputs)
+    hashes.save()
+
+
+def _inputs(
+    node: Node, graph: Graph, config: Config, hashes: FileHashes, chat_template: str
+) -> dict[str, object]:
+    settings = semantic(node.config)
+    data = {
+        role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
+    }
+    settings.pop("demonstrations", None)
+    return {
+        "kind": node.kind,
+        "version": VERSIONS[node.kind],
+        "settings": settings,
+        "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
+        "data": data,
+        "precision": config.launch.precision,
+        "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
+    }
+
+
+def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) -> str:
+    if ref.stage is not None:
+        return graph.nodes[ref.stage].key
+    if ref.key:
+        return ref.key
+    if ref.path == TINY:
+        return _digest(
+            {"tiny": semantic(config.model.architecture), "tokenizer": Tokenizer.toy().fingerprint}
+        )
+    if ref.revision is not None:
+        return f"{ref.path}@{ref.revision}"
+    folder = Path(ref.path)
+    return _digest(
+        {path.name: hashes(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
+    )
+
+
+def _data_inputs(
+    ref: DataRef, settings: dict[str, Any], node: Node, graph: Graph, hashes: FileHashes
+) -> dict[str, Any]:
+    content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
+    if ref.source is None or ref.source.kind != TOY:
+        settings.pop("world")
+    toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
+    if not toy_ranker:
+        settings.pop("labelers")
+    return {"content": content, "share": ref.share, "settings": settings}
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:KEY_LENGTH]
+
+
+def why_not_reused(node: Node, store: Store) -> str:
+    """What differs from the stage of the same kind that is most like this one.
+
+    Returns:
+        Such as `settings.kl_coef 0.05 -> 0.1`; "first of its kind" where the store has none.
+    """
+    mine = _leaves(node.inputs)
+    best: list[str] | None = None
+    for manifest in _manifests(node.kind, store):
+        theirs = _leaves(manifest.inputs)
+        changes = [
+            f"{name} {_short(theirs.get(name))} -> {_short(mine.get(name))}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        ]
+        if changes and (best is None or len(changes) < len(best)):
+            best = changes
+    if best is None:
+        return "first of its kind"
+    return "; ".join(best[:3]) + (f"; and {len(best) - 3} more" if len(best) > 3 else "")
+
+
+def _manifests(kind: str, store: Store) -> list[Manifest]:
+    found = []
+    for folder in sorted((store.root / "stages").glob(f"{kind}-*")):
+        try:
+            manifest = read_manifest(folder)
+        except AlignpipeError:
+            continue
+        if manifest is not None:
+            found.append(manifest)
+    return found
+
+
+def _leaves(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, object] = {}
+    for name, item in value.items():
+        leaves |= _leaves(item, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:8]}..."

@@ -1,0 +1,250 @@
+"""Runs a graph: reuse what is finished, make what is not, go on where a stage was stopped, sum up at the end.
+
+Config -> plan (every check) -> run folder -> each stage in order -> scorecard and table
+"""
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from alignpipe.artifact import Manifest, write_json, write_text
+from alignpipe.config import Config, check
+from alignpipe.errors import AlignpipeError, ConfigError, Stopped
+from alignpipe.pipeline.graph import DataRef, ModelRef, Node
+from alignpipe.pipeline.keys import why_not_reused
+from alignpipe.pipeline.plan import Plan, make_plan, reusable
+from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
+from alignpipe.pipeline.store import TASK, Store, read_run
+from alignpipe.signals import StopSignal
+from alignpipe.task import DataInput, ModelInput, Task, write_task
+
+ERROR_LOG = "error.log"
+
+
+def run(config: Config, words: list[str], yaml: str) -> float | None:
+    """Run everything a configuration asks for.
+
+    Args:
+        config: composed and typed.
+        words: what the user typed, recorded.
+        yaml: the configuration as text, interpolations unresolved, recorded.
+
+    Returns:
+        Gold score of the last policy of the first eval stage, or None.
+
+    Raises:
+        AlignpipeError: what went wrong, in one line; finished stages are kept.
+    """
+    check(config)
+    return Runner(config, words, yaml, Console(stderr=True, highlight=False)).run()
+
+
+class Runner:
+    """One run.
+
+    Args:
+        config: of the run.
+        words: that the user typed.
+        yaml: of the configuration.
+        console: for progress.
+    """
+
+    def __init__(self, config: Config, words: list[str], yaml: str, console: Console) -> None:
+        self._config = config
+        self._words = words
+        self._yaml = yaml
+        self._console = console
+        self._store = Store(Path(config.output_dir).absolute())
+        self._stop = StopSignal()
+
+    def run(self) -> float | None:
+        """Plan, then run the stages."""
+        with self._stop.listening():
+            self._plan = make_plan(self._config)
+            self._folder = self._open_folder()
+            for warning in self._plan.warnings:
+                self._say(f"warning: {warning}")
+            began = time.monotonic()
+            for node in self._plan.graph.order:
+                self._stop.check()
+                self._bring(node)
+            self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
+            scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
+        print_scorecard(scorecard, self._folder, Console(highlight=False))
+        return _last_gold(scorecard)
+
+    def _open_folder(self) -> Path:
+        """Make or reopen the run's folder.
+
+        Raises:
+            ConfigError: a run of this name was made with other settings.
+        """
+        folder = self._store.run(self._plan.run)
+        keys = {node.name: node.key for node in self._plan.graph.order}
+        known = read_run(folder)
+        if known is not None and {stage["name"]: stage["key"] for stage in known["stages"]} != keys:
+            raise ConfigError(
+                f"run.name: {self._plan.run} was run with other settings; choose another name, such as {self._plan.run}-2"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", self._yaml)
+        self._stages = [
+            {
+                "name": node.name,
+                "kind": node.kind,
+                "key": node.key,
+                "state": "waiting",
+                "seconds": None,
+                "error": None,
+            }
+            for node in self._plan.graph.order
+        ]
+        self._write_run()
+        self._store.set_latest(self._plan.run)
+        return folder
+
+    def _bring(self, node: Node) -> None:
+        """Reuse a stage or make it."""
+        began = time.monotonic()
+        with self._recorded(node):
+            manifest = self._finished(node)
+            if manifest is None:
+                with self._store.lock(node.kind, node.key, lambda holder: self._wait(node, holder)):
+                    # Another run may have made it while this one waited.
+                    manifest = self._finished(node)
+                    if manifest is None:
+                        self._make(node)
+                        self._note(node, state="done", seconds=round(time.monotonic() - began, 1))
+            if manifest is not None:
+                self._note(node, state="reused")
+        self._link(node)
+        self._tell(node, time.monotonic() - began, reused=manifest is not None)
+
+    def _finished(self, node: Node) -> Manifest | None:
+        return reusable(self._plan.graph, self._store).get(node.name)
+
+    def _make(self, node: Node) -> None:
+        from alignpipe.worker import run_task
+
+        set_aside = self._store.clear(node.kind, node.key)
+        if set_aside is not None:
+            self._say(f"{node.name}: its finished folder no longer fits and was moved to {set_aside}")
+        self._note(node, state="running")
+        self._say(f"{node.name} ({node.kind}-{node.key}) {self._reason(node)}")
+        path = self._store.work(node.kind, node.key) / TASK
+        write_task(self._task(node), path)
+        run_task(path, self._console, self._stop)
+        self._store.finish(node.kind, node.key)
+
+    def _reason(self, node: Node) -> str:
+        states = self._store.states(node.kind, node.key)
+        return f"goes on from {states[-1]}" if states else f"runs: {why_not_reused(node, self._store)}"
+
+    def _task(self, node: Node) -> Task:
+        config = self._config
+        return Task(
+            name=node.name,
+            kind=node.kind,
+            key=node.key,
+            work=self._store.work(node.kind, node.key),
+            target=self._store.stage(node.kind, node.key),
+            config=node.config,
+            models={role: self._model(ref) for role, ref in node.models.items()},
+            data={role: self._data(ref) for role, ref in node.data.items()},
+            chat_template=self._plan.chat_template,
+            architecture=config.model.architecture,
+            attn_implementation=config.model.attn_implementation,
+            device=config.launch.device,
+            precision=config.launch.precision,
+            trackers=list(config.trackers),
+            run=self._plan.run,
+            inputs=node.inputs,
+        )
+
+    def _model(self, ref: ModelRef) -> ModelInput:
+        if ref.stage is None:
+            return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key)
+        parent = self._plan.graph.nodes[ref.stage]
+        return ModelInput(
+            ref.name, str(self._store.stage(parent.kind, parent.key)), None, parent.kind, parent.key
+        )
+
+    def _data(self, ref: DataRef) -> DataInput:
+        if ref.source is not None:
+            return DataInput(ref.source.kind, ref.source.path, ref.share)
+        parent = self._plan.graph.nodes[str(ref.stage)]
+        return DataInput("collect", str(self._store.stage(parent.kind, parent.key)), ref.share, parent.key)
+
+    @contextmanager
+    def _recorded(self, node: Node) -> Iterator[None]:
+        """Write down how a stage ended, whichever way."""
+        try:
+            yield
+        except Stopped:
+            self._note(node, state="stopped")
+            raise
+        except AlignpipeError as error:
+            self._note(node, state="failed", error=str(error))
+            raise
+        except Exception as error:
+            log = self._folder / f"{node.name}.{ERROR_LOG}"
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+            self._note(node, state="failed", error=f"{type(error).__name__}: {error}")
+            first = str(error).strip().partition("\n")[0]
+            raise AlignpipeError(
+                f"stage {node.name} failed: {type(error).__name__}: {first}; see {log}"
+            ) from error
+
+    def _wait(self, node: Node, holder: str) -> None:
+        if self._stage(node)["state"] != "waiting for another run":
+            self._say(f"{node.name}: {holder} makes it; waiting")
+            self._stage(node)["state"] = "waiting for another run"
+        self._stop.check()
+
+    def _link(self, node: Node) -> None:
+        link = self._folder / node.name
+        target = Path("..", "..", "stages", f"{node.kind}-{node.key}")
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(target)
+
+    def _tell(self, node: Node, seconds: float, *, reused: bool) -> None:
+        manifest = self._store.find(node.kind, node.key)
+        figures = " ".join(
+            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in (manifest.metrics if manifest else {}).items()
+            if isinstance(value, int | float)
+        )
+        what = "reused" if reused else f"done in {_clock(seconds)}"
+        self._say(f"{node.name:<8} {what}  {figures}")
+
+    def _stage(self, node: Node) -> dict[str, Any]:
+        return next(stage for stage in self._stages if stage["name"] == node.name)
+
+    def _note(self, node: Node, **changes: Any) -> None:
+        self._stage(node).update(changes)
+        self._write_run()
+
+    def _write_run(self) -> None:
+        folder = self._store.run(self._plan.run)
+        write_json(folder / "run.json", {"run": self._plan.run, "words": self._words, "stages": self._stages})
+
+    def _say(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _last_gold(scorecard: dict[str, Any] | None) -> float | None:
+    if scorecard is None or not scorecard["policies"]:
+        return None
+    gold: float | None = list(scorecard["policies"].values())[-1]["gold"]["overall"]
+    return gold

@@ -1,0 +1,50 @@
+"""Ctrl-C, SIGTERM and a closed terminal become a flag that every loop looks at; a second one ends at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from alignpipe.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignal:
+    """Whether the user or the scheduler asked for the end."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on."""
+        return self.received is not None
+
+    def check(self) -> None:
+        """Raise where nothing needs saving first.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        if self.received is not None:
+            raise Stopped(
+                f"stopped by {self.received.name}; the state is saved, run the same command to go on"
+            )
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            # The first signal was heard and the save is slow or stuck: the user means it.
+            os._exit(130)
+        self.received = signal.Signals(number)
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Catch the signals inside the block, and give them back to whoever had them after it."""
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

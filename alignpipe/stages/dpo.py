@@ -1,0 +1,116 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+preference pairs -> log-probs of policy and frozen reference -> logistic loss -> policy checkpoint
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignpipe.config import DPOConfig, num_steps
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example, RankedExample, encode_rankings
+from alignpipe.data.records import Ranking
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.evaluation.samples import log_samples
+from alignpipe.losses.dpo import dpo_loss
+from alignpipe.losses.logprobs import masked_sum, token_logprobs
+from alignpipe.models.loading import freeze, load_policy
+from alignpipe.rollout.score import response_logprobs
+from alignpipe.training.context import Context
+from alignpipe.training.loop import StepOutput, fit, mean_losses
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A chosen and a rejected response to one prompt, with their log-probs under the reference."""
+
+    chosen: Example
+    rejected: Example
+    reference_chosen: float
+    reference_rejected: float
+    num_items: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of both sides."""
+        return len(self.chosen.ids) + len(self.rejected.ids)
+
+
+def run(config: DPOConfig, context: Context) -> dict[str, Any]:
+    """Train `policy` on the untied pairs of the rankings, held near `reference`."""
+    tokenizer = context.tokenizer("policy")
+    context.check_same_tokens("reference", tokenizer)
+    pairs = _pairs(config, tokenizer, context, share=None)
+    held_out = _pairs(config, tokenizer, context, share="eval")[: config.eval_rows]
+    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+
+    def logprobs(examples: Sequence[Example]) -> Tensor:
+        batch = collate(examples, tokenizer.pad_id).to(context.device)
+        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (2B, T, V)
+        return masked_sum(token_logprobs(logits, batch.input_ids), batch.loss_mask[:, 1:], dim=1)  # (2B,)
+
+    def loss_fn(micro: Sequence[Pair]) -> StepOutput:
+        both = logprobs([pair.chosen for pair in micro] + [pair.rejected for pair in micro])
+        chosen, rejected = both.chunk(2)  # (B,), (B,)
+        reference_chosen, reference_rejected = (
+            torch.tensor(column, device=context.device) for column in _reference_columns(micro)
+        )
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            chosen, rejected, reference_chosen, reference_rejected, beta=config.beta
+        )
+        margins = chosen_rewards - rejected_rewards
+        return StepOutput(
+            losses=losses,  # (B,)
+            metrics={
+                "rewards/accuracies": (float((margins > 0).sum()), len(micro)),
+                "rewards/margins": (float(margins.sum()), len(micro)),
+                "rewards/chosen": (float(chosen_rewards.sum()), len(micro)),
+                "rewards/rejected": (float(rejected_rewards.sum()), len(micro)),
+            },
+        )
+
+    def evaluate() -> dict[str, float]:
+        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+
+    after = fit(policy, pairs, loss_fn, config, context, evaluate)
+    context.save_checkpoint(policy, tokenizer, "policy")
+    log_samples(policy, tokenizer, config, context, num_steps(config, len(pairs)))
+    return {
+        "rows": len(pairs),
+        "eval_loss": after.get("loss"),
+        "eval_accuracy": after.get("rewards/accuracies"),
+    }
+
+
+def _pairs(config: DPOConfig, tokenizer: Tokenizer, context: Context, share: str | None) -> list[Pair]:
+    """Every untied pair, each response scored by the reference once."""
+    records = context.records("data", config.data, Ranking, share)
+    rows = encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
+    if not rows:
+        return []
+    reference = freeze(
+        load_policy(context.model("reference"), tokenizer, context.task.attn_implementation, context.device)
+    )
+    flat = [example for row in rows for example in row.examples]
+    with context.autocast():
+        logprobs = response_logprobs(reference, flat, tokenizer.pad_id, config.micro_batch_size)  # (N, T - 1)
+    scored = iter(logprobs.sum(1).tolist())
+    return [pair for row in rows for pair in _untied(row, [next(scored) for _ in row.examples])]
+
+
+def _untied(row: RankedExample, reference: Sequence[float]) -> list[Pair]:
+    pairs = []
+    for i, j in combinations(range(len(row.examples)), 2):
+        if row.ranks[i] != row.ranks[j]:
+            won, lost = (i, j) if row.ranks[i] < row.ranks[j] else (j, i)
+            pairs.append(Pair(row.examples[won], row.examples[lost], reference[won], reference[lost]))
+    return pairs
+
+
+def _reference_columns(micro: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    return [pair.reference_chosen for pair in micro], [pair.reference_rejected for pair in micro]

@@ -1,0 +1,147 @@
+"""Rejection sampling fine-tuning (Llama 2, arXiv:2307.09288, section 3.2.3).
+
+prompts -> n responses each -> the best by reward -> cross-entropy on it, with demonstrations replayed -> policy
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignpipe.config import RSConfig
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example, encode_demonstrations, encode_prompts
+from alignpipe.data.records import Demonstration, Prompt, prompt_text
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import AlignpipeError
+from alignpipe.evaluation.responses import Response, respond
+from alignpipe.evaluation.rewards import load_reward_model
+from alignpipe.losses.best_of_n import best_of_n
+from alignpipe.losses.logprobs import token_logprobs
+from alignpipe.losses.sft import sft_loss
+from alignpipe.models.loading import load_policy
+from alignpipe.training.context import Context
+from alignpipe.training.loop import StepOutput, fit, mean_losses
+
+NUM_LOGGED = 8
+
+
+def run(config: RSConfig, context: Context) -> dict[str, Any]:
+    """Fine-tune `policy` on the best of its own responses."""
+    tokenizer = context.tokenizer("policy")
+    context.check_same_tokens("reward_model", tokenizer)
+    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    records = context.records("data", config.data, Prompt)
+    encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
+    prompts = encoded.examples[: config.num_prompts]
+
+    policy.train(False)
+    responses = respond(policy, tokenizer, prompts, config.num_samples, config, context)
+    reward_model = load_reward_model(context, tokenizer, config.micro_batch_size)
+    flat = [r.example(prompt) for prompt, row in zip(prompts, responses, strict=True) for r in row]
+    rewards = reward_model(flat).reshape(len(prompts), config.num_samples)  # (P, N)
+    chosen = [
+        _best(prompt, row, score) for prompt, row, score in zip(prompts, responses, rewards, strict=True)
+    ]
+    best = [
+        row[k].example(prompt)
+        for prompt, row, k in zip(prompts, responses, chosen, strict=True)
+        if k is not None
+    ]
+    if not best:
+        raise AlignpipeError(
+            f"{context.task.name}: no response ended by itself within {config.max_response_length} tokens; "
+            f"raise max_response_length or train the policy longer"
+        )
+    _log(config, context, rewards, [prompt_text(records[i]) for i in encoded.kept], responses, chosen)
+
+    replayed = _replayed(config, tokenizer, context, len(best))
+    held_out = _demonstrations(config, tokenizer, context, "eval")
+
+    def loss_fn(micro: Sequence[Example]) -> StepOutput:
+        batch = collate(micro, tokenizer.pad_id).to(context.device)
+        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
+        return StepOutput(losses=sft_loss(token_logprobs(logits, batch.input_ids), batch.loss_mask[:, 1:]))
+
+    def evaluate() -> dict[str, float]:
+        return mean_losses(held_out[: config.eval_rows], loss_fn, config.micro_batch_size, context)
+
+    after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
+    context.save_checkpoint(policy, tokenizer, "policy")
+    return {
+        "rows": len(best) + len(replayed),
+        "eval_loss": after.get("loss"),
+        "reward_mean": float(rewards.mean()),
+        "reward_best": float(rewards.max(axis=1).mean()),
+        "best_of_n": _curve(rewards),
+        "without_eos": sum(k is None for k in chosen),
+    }
+
+
+def _best(prompt: Sequence[int], responses: Sequence[Response], scores: np.ndarray) -> int | None:
+    """Index of the highest score among responses that ended and do not repeat the prompt; ties go to the shorter."""
+    able = [
+        k for k, r in enumerate(responses) if r.finished and len(r.ids) > 1 and not _copies(prompt, r.ids)
+    ]
+    return max(able, key=lambda k: (scores[k], -len(responses[k].ids)), default=None)
+
+
+def _copies(prompt: Sequence[int], response: Sequence[int]) -> bool:
+    """Whether the response, but for its stop token, stands in the prompt word for word at full length."""
+    body = list(response[:-1])
+    return len(body) >= len(prompt) // 2 and any(
+        list(prompt[start : start + len(body)]) == body for start in range(len(prompt) - len(body) + 1)
+    )
+
+
+def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best: int) -> list[Example]:
+    """Demonstrations that make up the share `replay` of the rows."""
+    if config.replay == 0:
+        return []
+    rows = _demonstrations(config, tokenizer, context, None)
+    wanted = round(num_best * config.replay / (1 - config.replay))
+    return random.Random(config.seed).sample(rows, min(wanted, len(rows)))
+
+
+def _demonstrations(
+    config: RSConfig, tokenizer: Tokenizer, context: Context, share: str | None
+) -> list[Example]:
+    if "demonstrations" not in context.task.data:
+        return []
+    records = context.records("demonstrations", config.demonstrations, Demonstration, share)
+    on_overflow = config.demonstrations.on_overflow
+    return encode_demonstrations(records, tokenizer, config.max_length, on_overflow, "response").examples
+
+
+def _curve(rewards: np.ndarray) -> list[float]:
+    """Expected reward of best-of-n for n = 1 to N, unbiased, over the prompts."""
+    curve: list[float] = best_of_n(torch.from_numpy(rewards)).mean(0).tolist()
+    return curve
+
+
+def _log(
+    config: RSConfig,
+    context: Context,
+    rewards: np.ndarray,
+    prompts: Sequence[str],
+    responses: Sequence[Sequence[Response]],
+    chosen: Sequence[int | None],
+) -> None:
+    curve = {f"rs/best_of_{n}": value for n, value in enumerate(_curve(rewards), start=1)}
+    best = float(rewards.max(axis=1).mean())
+    context.metrics.log(0, {"rs/reward_mean": float(rewards.mean()), "rs/reward_best": best, **curve})
+    context.metrics.samples(
+        0,
+        [
+            {
+                "prompt": prompt,
+                "response": row[k].text,
+                "reward": float(score[k]),
+                "reward_mean": float(score.mean()),
+            }
+            for prompt, row, score, k in zip(prompts[:NUM_LOGGED], responses, rewards, chosen, strict=False)
+            if k is not None
+        ],
+    )

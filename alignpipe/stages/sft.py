@@ -1,0 +1,53 @@
+"""Supervised fine-tuning on demonstrations, or on raw text (InstructGPT, arXiv:2203.02155, section 3.5).
+
+prompt, response -> cross-entropy of the response tokens -> policy checkpoint
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from alignpipe.config import SFTConfig, num_steps
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example, encode_demonstrations, encode_texts
+from alignpipe.data.records import Demonstration, Text
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.evaluation.samples import log_samples
+from alignpipe.losses.logprobs import token_logprobs
+from alignpipe.losses.sft import sft_loss
+from alignpipe.models.loading import load_policy
+from alignpipe.training.context import Context
+from alignpipe.training.loop import StepOutput, fit, mean_losses
+
+
+def run(config: SFTConfig, context: Context) -> dict[str, Any]:
+    """Train `policy` on the demonstrations of its share of prompts."""
+    tokenizer = context.tokenizer("policy")
+    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    rows = _encode(config, tokenizer, context, share=None)
+    held_out = _encode(config, tokenizer, context, share="eval")[: config.eval_rows]
+
+    def loss_fn(micro: Sequence[Example]) -> StepOutput:
+        batch = collate(micro, tokenizer.pad_id).to(context.device)
+        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
+        logprobs = token_logprobs(logits, batch.input_ids)  # (B, T - 1)
+        return StepOutput(losses=sft_loss(logprobs, batch.loss_mask[:, 1:]))
+
+    def evaluate() -> dict[str, float]:
+        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+
+    before = evaluate()
+    after = fit(policy, rows, loss_fn, config, context, evaluate)
+    context.save_checkpoint(policy, tokenizer, "policy")
+    log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
+    return {"rows": len(rows), "eval_loss": after.get("loss"), "eval_loss_before": before.get("loss")}
+
+
+def _encode(config: SFTConfig, tokenizer: Tokenizer, context: Context, share: str | None) -> list[Example]:
+    if config.data.format == "text" or "demonstrations" not in context.record_types("data", config.data):
+        texts = context.records("data", config.data, Text, share)
+        return encode_texts(texts, tokenizer, config.max_length).examples
+    records = context.records("data", config.data, Demonstration, share)
+    encoded = encode_demonstrations(
+        records, tokenizer, config.max_length, config.data.on_overflow, config.loss_on
+    )
+    return encoded.examples

@@ -1,0 +1,118 @@
+"""What one stage is told: its resolved configuration, where its inputs lie, where it writes.
+
+The process that composed the configuration writes a task to a YAML file; the process that runs the stage reads
+it back into the same dataclasses, so that no other process ever sees Hydra.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from alignpipe.artifact import write_text
+from alignpipe.config import KINDS, ArchitectureConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The weights of one role.
+
+    Attributes:
+        name: how the configuration calls it: `base`, a stage, a folder, a hub id.
+        path: `tiny`, a folder, or a hub id.
+        revision: commit of a hub id.
+        kind: kind of the stage that made it; None for weights from elsewhere.
+        key: identity of the weights: a stage's key or a hash.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+    kind: str | None = None
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class DataInput:
+    """One data set of a stage, and the share of its prompts that the stage may see.
+
+    Attributes:
+        kind: `toy`, `file`, `hub` or `collect`.
+        path: absolute file or folder, hub id, or `toy`.
+        share: one of the four shares, or `train`: all but the evaluation share.
+        key: hash of the content.
+    """
+
+    kind: str
+    path: str
+    share: str
+    key: str = ""
+
+
+@dataclass
+class Task:
+    """Everything a stage process needs.
+
+    Attributes:
+        name: of the stage in its run.
+        kind: of the stage.
+        key: of the stage.
+        work: folder for states and unfinished results.
+        target: folder of the finished artifact.
+        config: of the stage.
+        models: by role; an eval's policies are `policy_0`, `policy_1`, ...
+        data: by role: `data`, `demonstrations`.
+        chat_template: Jinja source for a model that has none.
+        architecture: of the model that `tiny` names.
+        attn_implementation: as transformers takes it.
+        device: auto, cpu, cuda or mps.
+        precision: fp32, bf16 or fp16.
+        trackers: names of accelerate trackers.
+        run: name of the run, for trackers.
+        inputs: what the key was made of.
+    """
+
+    name: str
+    kind: str
+    key: str
+    work: Path
+    target: Path
+    config: StageConfig
+    models: dict[str, ModelInput]
+    data: dict[str, DataInput]
+    chat_template: str
+    architecture: ArchitectureConfig
+    attn_implementation: str
+    device: str
+    precision: str
+    trackers: list[str] = field(default_factory=list)
+    run: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+def write_task(task: Task, path: Path) -> None:
+    """Write a task as YAML, in one step."""
+    raw = asdict(task) | {"work": str(task.work), "target": str(task.target)}
+    write_text(path, yaml.safe_dump(raw, allow_unicode=True, sort_keys=False))
+
+
+def read_task(path: Path) -> Task:
+    """Read a task back, with the types it was written from."""
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Task(
+        **raw
+        | {
+            "work": Path(raw["work"]),
+            "target": Path(raw["target"]),
+            "config": _typed(KINDS[raw["kind"]], raw["config"]),
+            "architecture": _typed(ArchitectureConfig, raw["architecture"]),
+            "models": {role: ModelInput(**model) for role, model in raw["models"].items()},
+            "data": {role: DataInput(**data) for role, data in raw["data"].items()},
+        }
+    )
+
+
+def _typed(schema: type, values: dict[str, Any]) -> Any:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))

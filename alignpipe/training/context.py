@@ -1,0 +1,165 @@
+"""What a stage works with beside its configuration: device, inputs, folders, figures, the stop signal."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from alignpipe.config import DataConfig
+from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
+from alignpipe.data.shares import in_share
+from alignpipe.data.sources import DataSource, read_records, readable_types, write_rejected
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import CheckpointError
+from alignpipe.models.loading import ModelSource
+from alignpipe.models.saving import ModelKind, save_model, verify_reload
+from alignpipe.signals import StopSignal
+from alignpipe.task import Task
+from alignpipe.training.checkpoint import load_newest_state, save_state
+from alignpipe.training.journal import Journal
+from alignpipe.training.metrics import MetricLog
+from alignpipe.training.progress import StageProgress
+
+REJECTED = "rejected.jsonl"
+RECORD_TYPE: dict[type[Record], RecordType] = {
+    Demonstration: "demonstrations",
+    Ranking: "rankings",
+    Prompt: "prompts",
+    Text: "text",
+}
+AnyRecord = TypeVar("AnyRecord", Demonstration, Ranking, Prompt, Text)
+
+
+@dataclass
+class Context:
+    """The surroundings of one stage.
+
+    Attributes:
+        task: what the stage was told.
+        accelerator: device, precision and trackers.
+        metrics: where figures go.
+        progress: what the user sees.
+        stop: whether a signal came.
+    """
+
+    task: Task
+    accelerator: Accelerator
+    metrics: MetricLog
+    progress: StageProgress
+    stop: StopSignal
+
+    @property
+    def device(self) -> torch.device:
+        """Where models live."""
+        return self.accelerator.device
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the artifact."""
+        return self.task.work / "result"
+
+    @property
+    def states(self) -> Path:
+        """The folder of the states to go on from."""
+        return self.task.work / "states"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the launch's precision; weights stay float32."""
+        return self.accelerator.autocast()
+
+    def model(self, role: str) -> ModelSource:
+        """Where the weights of a role lie."""
+        source = self.task.models[role]
+        return ModelSource(source.path, source.revision, self.task.architecture)
+
+    def tokenizer(self, role: str) -> Tokenizer:
+        """The tokenizer and chat template of a role.
+
+        Raises:
+            CheckpointError: the role's tokenizer differs from the policy's, so ids of one mean nothing to the other.
+        """
+        return load_tokenizer(self.model(role), self.task.chat_template)
+
+    def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
+        """Make sure that a second model reads the ids and the template of the first.
+
+        Raises:
+            CheckpointError: their vocabularies or templates differ.
+        """
+        other = self.tokenizer(role)
+        if other.fingerprint != tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{self.task.name}: {role} {self.task.models[role].name!r} has another tokenizer or chat template "
+                f"than the policy; train both from the same base"
+            )
+
+    def records(
+        self, role: str, config: DataConfig, want: type[AnyRecord], share: str | None = None
+    ) -> list[AnyRecord]:
+        """The records of a data set that this stage may see.
+
+        Args:
+            role: `data` or `demonstrations`.
+            config: of that data set.
+            want: type of record.
+            share: another share than the stage's own, such as `eval` for held-out rows.
+        """
+        data = self.task.data[role]
+        source = DataSource(data.kind, data.path, config)
+        found = read_records(source, RECORD_TYPE[want])
+        if found.rejected:
+            write_rejected(found.rejected, self.task.work / REJECTED)
+        salt = "collect" if data.kind == "collect" else ""
+        records = cast(list[AnyRecord], found.records)
+        return in_share(records, share or data.share, config.shares, salt)
+
+    def record_types(self, role: str, config: DataConfig) -> frozenset[RecordType]:
+        """The types of record that a data set can serve."""
+        data = self.task.data[role]
+        return readable_types(DataSource(data.kind, data.path, config))
+
+    def journal(self, name: str) -> Journal:
+        """A file of finished items, kept while the stage is under way."""
+        return Journal(self.task.work / f"{name}.journal.jsonl")
+
+    def save(
+        self,
+        step: int,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        values: Mapping[str, Any],
+    ) -> None:
+        """Save a state to go on from."""
+        save_state(self.states, step, modules, optimizers, {**values, "step": step})
+
+    def save_checkpoint(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> None:
+        """Write the model as the stage's result, and open it once more as any user would.
+
+        Raises:
+            CheckpointError: opened again it gives other outputs.
+            MachineError: the disk refuses it.
+        """
+        save_model(model, tokenizer, self.result)
+        verify_reload(model, self.result, kind)
+
+    def resume(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+        """Go back to the newest valid state.
+
+        Returns:
+            Its values; `{"step": 0}` when the stage starts afresh.
+        """
+        values = load_newest_state(self.states, modules, optimizers) or {"step": 0}
+        self.metrics.rewind(values["step"])
+        return values
+
+
+def load_tokenizer(source: ModelSource, fallback_template: str) -> Tokenizer:
+    """The tokenizer that belongs to some weights."""
+    return Tokenizer.toy() if source.is_tiny else Tokenizer.load(source.folder(), fallback_template)

@@ -1,0 +1,174 @@
+"""The loop that every stage over fixed rows shares: accumulate, normalise once, step, log, look up, save.
+
+rows -> micro-batches -> losses per item -> one division by the items of the whole step -> AdamW
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from alignpipe.config import OptimizerConfig, TrainingConfig, num_steps
+from alignpipe.data.order import batches
+from alignpipe.errors import NumericalError
+from alignpipe.training.context import Context
+from alignpipe.training.metrics import Averages
+from alignpipe.training.optim import make_optimizer, schedule, set_learning_rate
+
+
+class Row(Protocol):
+    """An encoded training row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model reads for it."""
+
+    @property
+    def num_items(self) -> int:
+        """Losses it gives: learnt tokens, or one a prompt or pair."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+@dataclass
+class StepOutput:
+    """What a loss function returns for one micro-batch.
+
+    Attributes:
+        losses: one value per item, of any shape, zero where there is no item; never reduced.
+        metrics: name -> (sum over the micro-batch, count it is a mean over).
+    """
+
+    losses: Tensor
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def micro_batches(rows: Sequence[AnyRow], size: int) -> Iterator[list[AnyRow]]:
+    """Cut the rows of a step into forwards of like length, longest first so that memory fails early."""
+    by_length = sorted(rows, key=lambda row: row.num_tokens, reverse=True)
+    for start in range(0, len(by_length), size):
+        yield by_length[start : start + size]
+
+
+def fit(
+    model: PreTrainedModel,
+    rows: Sequence[AnyRow],
+    loss_fn: Callable[[Sequence[AnyRow]], StepOutput],
+    config: TrainingConfig,
+    context: Context,
+    evaluate: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Train a model on rows.
+
+    Args:
+        model: trained in place.
+        rows: encoded; step `s` sees the same ones whatever the micro-batch and however often it was interrupted.
+        loss_fn: a micro-batch of rows -> losses per item.
+        config: steps, batch, optimizer.
+        context: device, states, figures.
+        evaluate: figures on held-out rows, logged under `eval/`.
+
+    Returns:
+        The last held-out figures.
+
+    Raises:
+        NumericalError: a loss or gradient is not finite; the weights are those of the last good step.
+        Stopped: a signal came; the state is saved.
+    """
+    optimizer = make_optimizer(model, config)
+    total = num_steps(config, len(rows))
+    first = int(context.resume({"model": model}, {"model": optimizer})["step"])
+    order = batches(config.seed, len(rows), config.batch_size, start=first * config.batch_size)
+    averages, tokens = Averages(), 0
+    context.progress.begin("training", total, first)
+    model.train()
+    for step in range(first, total):
+        batch = [rows[index] for index in next(order)]
+        set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
+        for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():
+            averages.add(name, value, count)
+        tokens += sum(row.num_tokens for row in batch)
+        done = step + 1
+        if done % config.log_steps == 0 or done == total:
+            rate = optimizer.param_groups[0]["lr"]
+            figures = context.metrics.log(done, {**averages.means(), "learning_rate": rate}, tokens=tokens)
+            averages, tokens = Averages(), 0
+            context.progress.update(done, figures)
+        if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
+            _log_held_out(model, evaluate, context, done)
+        if context.stop.requested or done % config.save_steps == 0:
+            context.save(done, {"model": model}, {"model": optimizer}, {})
+        context.stop.check()
+    return _log_held_out(model, evaluate, context, total)
+
+
+def optimizer_step(
+    model: PreTrainedModel,
+    optimizer: AdamW,
+    rows: Sequence[AnyRow],
+    loss_fn: Callable[[Sequence[AnyRow]], StepOutput],
+    config: OptimizerConfig,
+    context: Context,
+) -> dict[str, tuple[float, float]]:
+    """One update: gradients of all micro-batches, divided by the items of the whole step.
+
+    Returns:
+        Figures of the step as (sum, count): the loss, the gradient norm, and what `loss_fn` measured.
+
+    Raises:
+        NumericalError: before the update, when the loss or the gradient is not finite.
+    """
+    num_items = sum(row.num_items for row in rows)
+    figures: dict[str, tuple[float, float]] = {}
+    loss_sum = 0.0
+    for micro in micro_batches(rows, config.micro_batch_size):
+        with context.autocast():
+            output = loss_fn(micro)
+        loss = output.losses.sum() / num_items
+        context.accelerator.backward(loss)
+        loss_sum += float(loss.detach())
+        for name, (value, count) in output.metrics.items():
+            before = figures.get(name, (0.0, 0.0))
+            figures[name] = (before[0] + value, before[1] + count)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NumericalError(
+            f"{context.task.name}: loss {loss_sum}, gradient norm {norm}: not finite; "
+            f"lower learning_rate ({config.learning_rate:g}) or look at the rows of this step"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": (loss_sum, 1.0), "grad_norm": (norm, 1.0), **figures}
+
+
+@torch.no_grad()
+def mean_losses(
+    rows: Sequence[AnyRow], loss_fn: Callable[[Sequence[AnyRow]], StepOutput], size: int, context: Context
+) -> dict[str, float]:
+    """The loss and its figures over held-out rows, without training on them."""
+    averages = Averages()
+    for micro in micro_batches(rows, size):
+        with context.autocast():
+            output = loss_fn(micro)
+        averages.add("loss", float(output.losses.sum()), sum(row.num_items for row in micro))
+        for name, (value, count) in output.metrics.items():
+            averages.add(name, value, count)
+    return averages.means()
+
+
+def _log_held_out(
+    model: PreTrainedModel, evaluate: Callable[[], dict[str, float]], context: Context, step: int
+) -> dict[str, float]:
+    model.train(False)
+    figures = evaluate()
+    model.train()
+    if figures:
+        context.metrics.log(step, {f"eval/{name}": value for name, value in figures.items()})
+    return figures

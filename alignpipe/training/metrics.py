@@ -1,0 +1,93 @@
+"""Figures of a stage: `metrics.jsonl` always, trackers where asked for.
+
+step figures -> one JSON line, trackers through accelerate
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class MetricLog:
+    """Writes the figures of one stage.
+
+    Args:
+        folder: where the two files grow.
+        accelerator: whose trackers get them too.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+        self._folder = folder
+        self._accelerator = accelerator
+        self._last = time.perf_counter()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after a step: training goes on from there."""
+        for name in (METRICS, SAMPLES):
+            path = self._folder / name
+            if path.is_file():
+                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float], *, tokens: int = 0) -> dict[str, float]:
+        """Write the figures of a step.
+
+        Args:
+            step: optimizer updates done.
+            values: figures by name.
+            tokens: worked through since the last call, for the rate.
+
+        Returns:
+            The figures with the rate among them.
+        """
+        figures = {name: float(value) for name, value in values.items()}
+        now = time.perf_counter()
+        if tokens:
+            figures["tokens_per_second"] = tokens / max(now - self._last, 1e-9)
+        self._last = now
+        self._append(
+            METRICS, {"step": step, **{k: v if math.isfinite(v) else None for k, v in figures.items()}}
+        )
+        self._accelerator.log(figures, step=step)
+        return figures
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write generated responses for a person to read."""
+        for row in rows:
+            self._append(SAMPLES, {"step": step, **row})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class Averages:
+    """Means over the items of many micro-batches: sums and counts, divided once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add a sum over `count` items."""
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """The mean of every figure so far."""
+        return {name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end in a newline and hold JSON; a line torn by a crash is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [line.decode("utf-8", "replace") for line in lines if line.endswith(b"}")]

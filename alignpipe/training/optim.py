@@ -1,0 +1,58 @@
+"""AdamW (arXiv:1711.05101) and the learning rate as a function of the step.
+
+model, OptimizerConfig -> optimizer; step -> learning rate
+"""
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+
+from alignpipe.config import OptimizerConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float | None = None) -> AdamW:
+    """AdamW over the trained parameters; vectors (norms, biases) are not decayed.
+
+    Args:
+        model: whose parameters are trained.
+        config: betas, epsilon, weight decay.
+        learning_rate: peak; the configuration's when not given.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate if learning_rate is None else learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def schedule(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then the chosen decay.
+
+    It depends on the step alone, so a resumed stage needs no scheduler state.
+
+    Args:
+        step: updates done before this one, from 0.
+        num_steps: updates in all.
+        config: schedule, warm-up and floor.
+    """
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, num_steps - warmup)
+    decay = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
+
+
+def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,152 @@
+"""Shared by all tests: the toy tokenizer, tiny real models with seeded weights, where real data lies."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from alignpipe.compose import Composed, compose
+from alignpipe.config import ArchitectureConfig
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.pipeline.runner import run
+from alignpipe.pipeline.status import run_status
+
+DATA = Path(os.environ.get("ALIGNPIPE_TEST_DATA", Path(__file__).parents[1] / ".." / "shared"))
+# Weights larger than those of a fresh model, so that a wrong mask or position shows in the numbers.
+LOUD = 0.3
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data and models; a test that needs it skips where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}; set ALIGNPIPE_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The embedded world's own tokenizer."""
+    return Tokenizer.toy()
+
+
+@pytest.fixture
+def architecture() -> ArchitectureConfig:
+    """A Llama small enough for a test."""
+    return ArchitectureConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, seed=0)
+
+
+@pytest.fixture
+def make_llama(tokenizer: Tokenizer) -> Callable[..., PreTrainedModel]:
+    """Builds tiny Llamas with seeded weights and the toy vocabulary; other fields can be given."""
+
+    def make(seed: int = 0, **fields: object) -> PreTrainedModel:
+        settings = {
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": LOUD,
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **fields})).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_gpt2(tokenizer: Tokenizer) -> Callable[..., PreTrainedModel]:
+    """Builds tiny GPT-2s: learned positions, dropout in the configuration, another layout of weights."""
+
+    def make(seed: int = 0, **fields: object) -> PreTrainedModel:
+        settings = {
+            "vocab_size": tokenizer.vocab_size,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "initializer_range": LOUD,
+            "pad_token_id": tokenizer.pad_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(GPT2Config(**{**settings, **fields})).eval()
+
+    return make
+
+
+# A chain that takes seconds: it proves how stages fit together, not that they learn.
+SMALL = (
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_layers=2",
+    "model.max_response_length=12",
+    "data.world.num_prompts=240",
+    "model.training.sft.batch_size=16",
+    "model.training.sft.micro_batch_size=16",
+    "model.training.sft.epochs=3",
+    "model.training.rm.epochs=1",
+    "model.training.rs.epochs=1",
+    "model.training.dpo.max_steps=3",
+    "model.training.ppo.num_rollouts=2",
+    "model.training.ppo.rollout_size=16",
+    "model.training.ppo.batch_size=8",
+    "model.training.collect.num_samples=4",
+    "model.training.rs.num_samples=3",
+    "model.training.eval.num_prompts=16",
+    "rollout.batch_size=256",
+)
+
+
+class Project:
+    """A working folder in which commands are run as a user types them, in this process."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.outputs = outputs
+
+    def compose(self, *words: str) -> Composed:
+        """The configuration of a small run."""
+        return compose([*SMALL, f"output_dir='{self.outputs}'", *words])
+
+    def run(self, *words: str) -> Path:
+        """Run to the end; the folder of the run."""
+        composed = self.compose(*words)
+        run(composed.config, list(words), composed.yaml)
+        return self.outputs / "runs" / (self.outputs / "latest").read_text().strip()
+
+    def states(self, name: str | None = None) -> dict[str, str]:
+        """State of each stage of a run, the newest by default."""
+        return {stage["name"]: stage["state"] for stage in run_status(self.outputs, name)["stages"]}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """An empty project."""
+    return Project(tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project in which a small llama2_style chain is done; tests that write copy it first."""
+    project = Project(tmp_path_factory.mktemp("finished") / "outputs")
+    project.run()
+    return project
+
+
+@pytest.fixture
+def copied(finished: Project, tmp_path: Path) -> Project:
+    """The finished project, to be changed at will."""
+    shutil.copytree(finished.outputs, tmp_path / "outputs", symlinks=True)
+    return Project(tmp_path / "outputs")

@@ -1,0 +1,91 @@
+"""Imports run one way; a test reads every import of the package and fails on any other edge."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "alignpipe"
+# What everybody may use: words, errors, what a stage is told and what it leaves behind.
+BASE = {"config", "errors", "artifact", "task", "signals"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "artifact": {"errors"},
+    "signals": {"errors"},
+    "task": {"artifact", "config", "errors"},
+    "toy": set(),
+    "losses": set(),
+    "data": {"toy"} | BASE,
+    "models": {"data", "losses", "toy"} | BASE,
+    "rollout": {"models", "data", "losses"} | BASE,
+    "training": {"models", "data", "losses"} | BASE,
+    "evaluation": {"rollout", "training", "models", "data", "toy", "losses"} | BASE,
+    "stages": {"evaluation", "rollout", "training", "models", "data", "toy", "losses"} | BASE,
+    "worker": {"stages", "training"} | BASE,
+    "compose": {"data"} | BASE,
+    "pipeline": {"data", "worker"} | BASE,
+    "cli": {"compose", "pipeline", "data"} | BASE,
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+# `python -m alignpipe plan` must not wait for them.
+SLOW = {"torch", "transformers", "accelerate", "safetensors"}
+QUICK = ("errors", "config", "artifact", "signals", "task", "toy", "pipeline", "cli", "compose")
+
+
+def _modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names that a module imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_what_its_layer_may(path: Path) -> None:
+    unit = _unit(path)
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] == "alignpipe" and len(parts) > 1 and parts[1] != unit and parts[1] != "__version__":
+            assert parts[1] in ALLOWED[unit], f"{unit} must not import {name}"
+
+
+def test_stages_import_no_other_stage() -> None:
+    for path in (PACKAGE / "stages").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not any(name.startswith("alignpipe.stages") for name in _imports(path)), path
+
+
+@pytest.mark.parametrize("unit", QUICK)
+def test_planning_layer_names_no_slow_package(unit: str) -> None:
+    for path in _modules():
+        if _unit(path) == unit:
+            slow = {name.split(".")[0] for name in _imports(path)} & SLOW
+            assert not slow, f"{path} imports {slow}"
+
+
+def test_files_have_telling_names() -> None:
+    for path in _modules():
+        assert path.stem not in ("utils", "helpers", "common", "misc"), path
+
+
+def test_package_runs_no_code_from_files() -> None:
+    for path in _modules():
+        text = path.read_text(encoding="utf-8")
+        for word in ("pickle", "torch.load", "hydra.utils", "trust_remote_code=True", "eval(", "exec("):
+            found = text.replace("train(False)", "").replace("trust_remote_code=False", "")
+            assert f"import {word}" not in found and f" {word}(" not in found, f"{path}: {word}"
+            assert word not in ("torch.load", "trust_remote_code=True") or word not in found, f"{path}: {word}"

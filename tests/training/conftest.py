@@ -1,0 +1,44 @@
+"""A real context round a tiny model, without a pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+
+from alignpipe.config import ArchitectureConfig, StageConfig
+from alignpipe.signals import StopSignal
+from alignpipe.task import Task
+from alignpipe.training.context import Context
+from alignpipe.training.metrics import MetricLog
+from alignpipe.training.progress import StageProgress
+
+
+@pytest.fixture
+def make_context(tmp_path: Path, architecture: ArchitectureConfig) -> Callable[..., Context]:
+    """Builds the context of a stage that works in a folder of its own."""
+
+    def make(config: StageConfig, name: str = "stage", stop: StopSignal | None = None) -> Context:
+        work = tmp_path / name
+        work.mkdir(exist_ok=True)
+        task = Task(
+            name=name,
+            kind=config.kind,
+            key="0" * 16,
+            work=work,
+            target=tmp_path / "target",
+            config=config,
+            models={},
+            data={},
+            chat_template="",
+            architecture=architecture,
+            attn_implementation="sdpa",
+            device="cpu",
+            precision="fp32",
+        )
+        accelerator = Accelerator(cpu=True)
+        progress = StageProgress(name, Console(quiet=True))
+        return Context(task, accelerator, MetricLog(work, accelerator), progress, stop or StopSignal())
+
+    return make
