@@ -121,7 +121,7 @@ class WorldConfig:
     num_prompts: int = number(minimum=200)
     # Share of demonstrations that are good answers.
     quality: float = number(minimum=0, maximum=1)
-    # Weight of each kind of prompt; a kind left out has weight 1.
+    # Weight of each kind of prompt.
     mix: dict[str, float] = plain()
 
 
@@ -450,7 +450,9 @@ def _relations(config: Any, path: str) -> Iterator[str]:
             yield f"{path}: the four fractions must add up to 1, they make {total:g}"
     if isinstance(config, GuidelineConfig) and config.helpful + config.truthful + config.harmless <= 0:
         yield f"{path}: at least one weight must be above 0"
-    if isinstance(config, OptimizerConfig) and config.batch_size % min(config.micro_batch_size, config.batch_size):
+    if isinstance(config, OptimizerConfig) and config.batch_size % min(
+        config.micro_batch_size, config.batch_size
+    ):
         near = _nearest_multiples(config.batch_size, config.micro_batch_size)
         yield (
             f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "

@@ -57,7 +57,7 @@ def sweep(line: Line, console: Console) -> int:
     """Run one job for each combination, all of them checked before the first.
 
     A job that fails does not stop the others. Jobs run here one after the other, unless a launcher
-    or sweepers is chosen.
+    or sweeper of Hydra's is chosen.
 
     Returns:
         Exit code: 0 when every job is done, else 1.

@@ -88,4 +88,6 @@ def test_package_runs_no_code_from_files() -> None:
         for word in ("pickle", "torch.load", "hydra.utils", "trust_remote_code=True", "eval(", "exec("):
             found = text.replace("train(False)", "").replace("trust_remote_code=False", "")
             assert f"import {word}" not in found and f" {word}(" not in found, f"{path}: {word}"
-            assert word not in ("torch.load", "trust_remote_code=True") or word not in found, f"{path}: {word}"
+            assert word not in ("torch.load", "trust_remote_code=True") or word not in found, (
+                f"{path}: {word}"
+            )

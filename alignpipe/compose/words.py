@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from alignpipe.errors import AlignpipeError, CheckpointError, ConfigError, DataError, did_you_mean, nearest
 
@@ -57,7 +57,7 @@ def parse(word: str) -> Override | None:
     """A word by Hydra's grammar, None where it does not follow it."""
     try:
         return OverridesParser.create().parse_override(word)
-    except OverrideParseException:
+    except HydraException:
         return None
 
 

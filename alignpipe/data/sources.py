@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from alignpipe.config import TOY, DataConfig, semantic
 from alignpipe.data.dialogue import RowFault
@@ -48,12 +48,12 @@ class DataSource:
     """A data set that exists.
 
     Attributes:
-        kind: Where it is.
+        kind: `toy`, `file`, `hub` or `collect`.
         path: Absolute path of a file or folder; the id on the hub; `toy`.
         config: How its rows become records.
     """
 
-    kind: Literal["toy", "file", "hub", "collect"]
+    kind: str
     path: str
     config: DataConfig
 

@@ -117,7 +117,7 @@ class ChatTemplate:
         self.source = source
         self.takes_input = re.search(r"""message\.input\b|\[\s*['"]input['"]\s*\]""", source) is not None
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=False, extensions=[_Generation, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse

@@ -93,11 +93,9 @@ def _add_older_keys(path: Path) -> None:
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
-    """Ids spread over the vocabulary, none of them the pad: a plain classifier reads the last other one."""
+    """Ids spread over the vocabulary, so that every part of every layer has a say."""
     rows, columns = PROBE_SHAPE
-    size = num_rows(model)
-    ids = torch.arange(rows * columns).mul(7919).remainder(size - 1).view(rows, columns)
-    ids += ids >= model.config.pad_token_id
+    ids = torch.arange(rows * columns).mul(7919).remainder(num_rows(model)).view(rows, columns)
     return ids.to(model.device)
 
 

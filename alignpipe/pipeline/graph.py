@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignpipe.artifact import POLICY_KINDS
 from omegaconf import MISSING
 
+from alignpipe.artifact import POLICY_KINDS
 from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
@@ -121,8 +121,9 @@ class Node:
     @property
     def parents(self) -> list[str]:
         """Stages of this run that the stage reads, each once."""
-        names = [ref.stage for ref in (*self.models.values(), *self.data.values()) if ref.stage is not None]
-        return list(dict.fromkeys(names))
+        models = [ref.stage for ref in self.models.values()]
+        data = [ref.stage for ref in self.data.values()]
+        return list(dict.fromkeys(name for name in (*models, *data) if name is not None))
 
 
 @dataclass

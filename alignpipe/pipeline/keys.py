@@ -22,6 +22,8 @@ from alignpipe.pipeline.store import FileHashes, Store
 VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 1}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
+# More differences than this explain nothing.
+MAX_CHANGES = 4
 # What only people who rank can change; other stages on the embedded world do not read it.
 RANKERS = ("collect", "rm", "dpo")
 
@@ -99,7 +101,7 @@ def why_not_reused(node: Node, store: Store) -> str:
     """What differs from the stage of the same kind that is most like this one.
 
     Returns:
-        Such as `settings.kl_coef 0.05 -> 0.1`; "first of its kind" where the store has none.
+        Such as `settings.kl_coef 0.05 -> 0.1`; where nothing is alike, that.
     """
     mine = _leaves(node.inputs)
     best: list[str] | None = None
@@ -113,8 +115,8 @@ def why_not_reused(node: Node, store: Store) -> str:
         if changes and (best is None or len(changes) < len(best)):
             best = changes
     if best is None:
-        return "first of its kind"
-    return "; ".join(best[:3]) + (f"; and {len(best) - 3} more" if len(best) > 3 else "")
+        return "the first of its kind here"
+    return "; ".join(best) if len(best) <= MAX_CHANGES else "nothing like it in the store"
 
 
 def _manifests(kind: str, store: Store) -> list[Manifest]:

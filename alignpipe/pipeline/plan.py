@@ -29,6 +29,7 @@ from alignpipe.pipeline.counts import Rows, count_rows
 from alignpipe.pipeline.graph import Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
+from alignpipe.pipeline.lengths import fit_lengths
 from alignpipe.pipeline.store import Store
 
 BYTES_PER_WEIGHT = 4
@@ -95,12 +96,14 @@ def make_plan(config: Config) -> Plan:
     Raises:
         AlignpipeError: of the class that fits what is wrong.
     """
-    store = Store(Path(config.output_dir))
+    store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store)
+    config, warnings = fit_lengths(config)
+    if warnings:
+        graph = build_graph(config, store)
     chat_template = fallback_template(config, graph)
     add_keys(graph, config, store, chat_template)
     reused = reusable(graph, store)
-    warnings: list[str] = []
     rows = []
     weights = weight_bytes(config)
     for node in graph.order:
@@ -177,8 +180,10 @@ def _row(node: Node, counted: Rows, reused: dict[str, Manifest], store: Store, w
     else:
         state, why = "run", why_not_reused(node, store)
     disk = sum(entry.size for entry in manifest.files.values()) if manifest else weights * trains(node)
-    reads = [f"{role.replace('policy_', 'policy ')}={ref.name}" for role, ref in node.models.items()]
-    reads += [f"{role}={ref.name}" for role, ref in node.data.items()]
+    reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith("policy_")]
+    policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
+    reads += [f"policies={','.join(policies)}"] if policies else []
+    reads += [f"{role}={Path(ref.name).name}" for role, ref in node.data.items()]
     steps = _steps(node, counted)
     return PlanRow(
         node.name, node.kind, node.key, " ".join(reads), counted.used, steps, _batch(node), disk, state, why
@@ -216,21 +221,22 @@ def _warnings(node: Node, graph: Graph) -> list[str]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Show a plan as a table with its warnings below."""
+    """Show a plan as a table, with what feeds each stage and its warnings below."""
+    needs = f"needs {_bytes(plan.disk_needed)}, {_bytes(plan.disk_free)} free"
+    console.print(Text(f"run {plan.run}   {needs}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("stage", "reads", "rows", "steps", "batch = micro x accum", "disk", "state"):
+    for title in ("stage", "state", "rows", "steps", "batch = micro x accum", "disk", "key"):
         table.add_column(
-            title, justify="right" if title in ("rows", "steps", "disk") else "left", overflow="fold"
+            title, justify="right" if title in ("rows", "steps", "disk") else "left", no_wrap=True
         )
     for row in plan.rows:
         rows = "" if row.rows is None else f"{row.rows:,}"
         steps = "" if row.steps is None else f"{row.steps:,}"
-        state = f"{row.state}: {row.why}"
-        table.add_row(
-            *(Text(cell) for cell in (row.name, row.reads, rows, steps, row.batch, _bytes(row.disk), state))
-        )
-    console.print(Text(f"run {plan.run}   needs {_bytes(plan.disk_needed)}, {_bytes(plan.disk_free)} free"))
+        cells = (row.name, row.state, rows, steps, row.batch, _bytes(row.disk), row.key[:8])
+        table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    for row in plan.rows:
+        console.print(Text(f"{row.name}: {row.reads}  ({row.why})"), soft_wrap=True)
     for warning in plan.warnings:
         console.print(Text(f"warning: {warning}"), soft_wrap=True)
 

@@ -18,7 +18,7 @@ from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
 from alignpipe.pipeline.graph import DataRef, ModelRef, Node
 from alignpipe.pipeline.keys import why_not_reused
-from alignpipe.pipeline.plan import Plan, make_plan, reusable
+from alignpipe.pipeline.plan import make_plan, reusable
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
 from alignpipe.pipeline.store import TASK, Store, read_run
 from alignpipe.signals import StopSignal
@@ -90,7 +90,8 @@ class Runner:
         known = read_run(folder)
         if known is not None and {stage["name"]: stage["key"] for stage in known["stages"]} != keys:
             raise ConfigError(
-                f"run.name: {self._plan.run} was run with other settings; choose another name, such as {self._plan.run}-2"
+                f"run.name: {self._plan.run} was run with other settings; "
+                f"choose another name, such as {self._plan.run}-2"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", self._yaml)
@@ -130,7 +131,7 @@ class Runner:
         return reusable(self._plan.graph, self._store).get(node.name)
 
     def _make(self, node: Node) -> None:
-        from alignpipe.worker import run_task
+        from alignpipe.worker import run_task  # noqa: PLC0415  (brings torch, which only a stage that runs needs)
 
         set_aside = self._store.clear(node.kind, node.key)
         if set_aside is not None:

@@ -65,18 +65,9 @@ def print_scorecard(scorecard: dict[str, Any] | None, folder: Path, console: Con
     for name, figures in scorecard["policies"].items():
         gold = figures["gold"]
         interval = "-" if gold["ci95"] is None else f"{gold['ci95'][0]:.3f} {gold['ci95'][1]:.3f}"
-        cells = [
-            gold["overall"],
-            None,
-            gold["helpful"],
-            gold["truthful"],
-            gold["harmless"],
-            figures["reward"],
-            figures["kl"],
-        ]
-        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
-        shown[1] = interval
-        table.add_row(*(Text(cell) for cell in (name, *shown, f"{figures['length']:.1f}")))
+        measures = [_shown(gold[measure]) for measure in ("helpful", "truthful", "harmless")]
+        rest = [_shown(figures["reward"]), _shown(figures["kl"]), f"{figures['length']:.1f}"]
+        table.add_row(*(Text(cell) for cell in (name, _shown(gold["overall"]), interval, *measures, *rest)))
     console.print()
     console.print(table)
     for line in _words(scorecard):
@@ -84,9 +75,14 @@ def print_scorecard(scorecard: dict[str, Any] | None, folder: Path, console: Con
     console.print(Text(f"\nscorecard  {folder / SCORECARD}"), soft_wrap=True)
 
 
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _words(scorecard: dict[str, Any]) -> list[str]:
     lines = [
-        f"gold {gain['before']} -> {gain['after']}: {gain['gold']:+.3f} [{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]"
+        f"gold {gain['before']} -> {gain['after']}: {gain['gold']:+.3f} "
+        f"[{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]"
         for gain in scorecard["gains"]
     ]
     accuracy, gold = scorecard["reward_model"]["accuracy"], scorecard["reward_model"]["gold_accuracy"]

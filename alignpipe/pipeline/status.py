@@ -68,11 +68,9 @@ def _stage(store: Store, stage: dict[str, Any]) -> dict[str, Any]:
     manifest = store.find(kind, key)
     state = stage["state"]
     if manifest is None and state in ("running", "done", "reused", "waiting"):
-        if store.is_locked(kind, key):
-            state = "running"
-        else:
-            # It was running when its process died, or its folder was taken away.
-            state = "stopped" if state == "running" else "waiting"
+        # Not locked: it was running when its process died, or its folder was taken away.
+        abandoned = "stopped" if state == "running" else "waiting"
+        state = "running" if store.is_locked(kind, key) else abandoned
     elif manifest is not None and state not in ("done", "reused"):
         state = "done"
     metrics = dict(manifest.metrics) if manifest is not None else _newest_metrics(store.work(kind, key))

@@ -3,7 +3,7 @@
 model, examples -> one number an example, or one a token
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,10 +81,12 @@ def response_scores(
     Returns:
         (N,) float32 on the CPU.
     """
-    result = torch.zeros(len(examples))
-    for indices, batch in _batches(reward_model, examples, pad_id, batch_size):
-        result[indices] = sequence_scores(reward_model, batch).cpu()
-    return result if normalizer is None else normalizer(result)
+
+    def scores(batch: TokenBatch) -> Tensor:
+        return sequence_scores(reward_model, batch)[:, None]
+
+    raw = _in_batches(scores, reward_model, examples, 1, pad_id, batch_size).squeeze(1)
+    return raw if normalizer is None else normalizer(raw)
 
 
 def response_values(
@@ -102,11 +104,11 @@ def response_values(
         (N, T - 1) float32 on the CPU, laid out as `collate(examples).loss_mask[:, 1:]`, 0 where that is
         false.
     """
-    result = torch.zeros(len(examples), _width(examples) - 1)
-    for indices, batch in _batches(value_model, examples, pad_id, batch_size):
-        values = token_scores(value_model, batch.input_ids)[:, :-1].masked_fill(~batch.loss_mask[:, 1:], 0.0)
-        result[indices, : values.shape[1]] = values.cpu()
-    return result
+
+    def values(batch: TokenBatch) -> Tensor:
+        return token_scores(value_model, batch.input_ids)[:, :-1].masked_fill(~batch.loss_mask[:, 1:], 0.0)
+
+    return _in_batches(values, value_model, examples, _width(examples) - 1, pad_id, batch_size)
 
 
 def response_logprobs(
@@ -129,11 +131,11 @@ def response_logprobs(
         (N, T - 1) float32 on the CPU, laid out as `collate(examples).loss_mask[:, 1:]`, 0 where that is
         false.
     """
-    result = torch.zeros(len(examples), _width(examples) - 1)
-    for indices, batch in _batches(policy, examples, pad_id, batch_size):
-        logprobs = batch_logprobs(policy, batch, temperature)
-        result[indices, : logprobs.shape[1]] = logprobs.cpu()
-    return result
+
+    def logprobs(batch: TokenBatch) -> Tensor:
+        return batch_logprobs(policy, batch, temperature)
+
+    return _in_batches(logprobs, policy, examples, _width(examples) - 1, pad_id, batch_size)
 
 
 def sequence_logprobs(
@@ -147,17 +149,25 @@ def sequence_logprobs(
     return response_logprobs(policy, examples, pad_id, batch_size, temperature).sum(1)
 
 
-def _batches(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int
-) -> Iterator[tuple[Tensor, TokenBatch]]:
-    """Indices and batches, longest first so that memory fails early; inside, gradients are off."""
+def _in_batches(
+    compute: Callable[[TokenBatch], Tensor],
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    width: int,
+    pad_id: int,
+    batch_size: int,
+) -> Tensor:
+    """Rows of `compute` (b, w) for every example, in the given order, (N, width), 0 beyond w."""
+    result = torch.zeros(len(examples), width)
+    # Longest first, so that memory fails early.
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids), reverse=True)
-    for start in range(0, len(by_length), batch_size):
-        indices = by_length[start : start + batch_size]
-        batch = collate([examples[index] for index in indices], pad_id).to(model.device)
-        # no_grad, not inference_mode: what comes out is used in losses, which may keep it for their backward.
-        with torch.no_grad(), evaluating(model):
-            yield torch.tensor(indices), batch
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(by_length), batch_size):
+            indices = by_length[start : start + batch_size]
+            batch = collate([examples[index] for index in indices], pad_id).to(model.device)
+            found = compute(batch).cpu()
+            result[indices, : found.shape[1]] = found
+    return result
 
 
 def _width(examples: Sequence[Example]) -> int:

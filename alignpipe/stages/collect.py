@@ -1,4 +1,4 @@
-"""Preference data: sample several responses a prompt and have labelers rank them (arXiv:2203.02155, section 3.4).
+"""Preference data: several responses a prompt, ranked by labelers (InstructGPT, arXiv:2203.02155, section 3.4).
 
 prompts -> 4 to 9 responses of the policy -> rankings of several labelers -> one ranked list a prompt
 """
@@ -32,7 +32,7 @@ def run(config: CollectConfig, context: Context) -> dict[str, Any]:
 
     rankings, agreements = [], []
     for record, row in zip(asked, responses, strict=True):
-        # Equal texts would be ranked against themselves; empty ones and NULs are what a reader takes for damage.
+        # Equal texts would be ranked against themselves; empty ones and NULs a reader takes for damage.
         texts = list(dict.fromkeys(r.text for r in row if r.text.strip() and "\0" not in r.text))
         if len(texts) < 2:
             continue
@@ -77,7 +77,7 @@ def _rank(prompt: str, texts: list[str], labelers: LabelersConfig, seed: int) ->
 
 
 def _agreement(ranks: list[list[int]]) -> float:
-    """Share of (pair of responses, pair of labelers) on which two labelers order a pair alike, ties included."""
+    """Share of pairs of responses that two labelers order alike, ties included, over all pairs of labelers."""
     if len(ranks) < 2:
         return 1.0
     alike = total = 0

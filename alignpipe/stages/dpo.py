@@ -18,9 +18,9 @@ from alignpipe.data.records import Ranking
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.dpo import dpo_loss
-from alignpipe.losses.logprobs import masked_sum, token_logprobs
+from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.loading import freeze, load_policy
-from alignpipe.rollout.score import response_logprobs
+from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
 
@@ -51,8 +51,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
     def logprobs(examples: Sequence[Example]) -> Tensor:
         batch = collate(examples, tokenizer.pad_id).to(context.device)
-        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (2B, T, V)
-        return masked_sum(token_logprobs(logits, batch.input_ids), batch.loss_mask[:, 1:], dim=1)  # (2B,)
+        return batch_logprobs(policy, batch).sum(1)
 
     def loss_fn(micro: Sequence[Pair]) -> StepOutput:
         both = logprobs([pair.chosen for pair in micro] + [pair.rejected for pair in micro])
@@ -98,8 +97,7 @@ def _pairs(config: DPOConfig, tokenizer: Tokenizer, context: Context, share: str
     )
     flat = [example for row in rows for example in row.examples]
     with context.autocast():
-        logprobs = response_logprobs(reference, flat, tokenizer.pad_id, config.micro_batch_size)  # (N, T - 1)
-    scored = iter(logprobs.sum(1).tolist())
+        scored = iter(sequence_logprobs(reference, flat, tokenizer.pad_id, config.micro_batch_size).tolist())
     return [pair for row in rows for pair in _untied(row, [next(scored) for _ in row.examples])]
 
 

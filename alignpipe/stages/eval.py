@@ -1,10 +1,11 @@
-"""Score several policies on the same held-out prompts: gold judge, reward, KL to the reference, length, prejudice.
+"""Score several policies on the same held-out prompts: gold, reward, KL to the reference, length, prejudice.
 
 policies, evaluation prompts -> one sampled response each -> figures a policy, gains between neighbours
 """
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import RewardModel, load_reward_model
 from alignpipe.evaluation.statistics import mean_interval, paired_interval
 from alignpipe.models.loading import freeze, load_policy
-from alignpipe.rollout.score import response_logprobs
+from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 
 SCORES = "scores.json"
@@ -135,7 +136,7 @@ def _add_kl(
         examples = _examples(prompts, rows)
         with context.autocast():
             own, other = (
-                response_logprobs(model, examples, tokenizer.pad_id, size, config.temperature).sum(1)
+                sequence_logprobs(model, examples, tokenizer.pad_id, size, config.temperature)
                 for model in (policy, reference)
             )
         column["kl"] = (own - other).double().numpy()
@@ -159,7 +160,7 @@ def _mean(columns: Columns, name: str) -> float | None:
 def _gains(columns: Sequence[Columns]) -> list[dict[str, Any]]:
     """Gold gained from each policy to the next, on the same prompts."""
     gains = []
-    for index, (before, after) in enumerate(zip(columns, columns[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(columns)):
         if "overall" in before:
             interval = paired_interval(after["overall"], before["overall"])
             mean = float((after["overall"] - before["overall"]).mean())

@@ -28,7 +28,7 @@ from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.rewards import RewardModel, load_reward_model
-from alignpipe.losses.logprobs import masked_sum, masked_whiten, token_logprobs
+from alignpipe.losses.logprobs import masked_sum, masked_whiten
 from alignpipe.losses.ppo import (
     adapt_kl_coef,
     explained_variance,
@@ -38,6 +38,7 @@ from alignpipe.losses.ppo import (
     shape_rewards,
     value_loss,
 )
+from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.loading import freeze, load_policy
 from alignpipe.models.scalar_head import load_scalar_model, token_scores
 from alignpipe.rollout.generate import generate
@@ -64,7 +65,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Experience:
-    """One rollout. Row `i` of every tensor is response `i`; column `t` is the action that chose token `t + 1`.
+    """One rollout: row `i` of every tensor is response `i`, column `t` the action that chose token `t + 1`.
 
     Attributes:
         batch: prompts with responses, (B, T).
@@ -241,29 +242,31 @@ def _update(
     set_learning_rate(models.value_optimizer, config.value_learning_rate * share)
 
     def policy_fn(micro: Sequence[Sample]) -> StepOutput:
-        rows, ids, mask = _rows_of(experience, micro)
+        rows, batch = _part(experience, micro)
+        mask = batch.loss_mask[:, 1:]  # (b, t - 1)
         width = mask.shape[1]
-        logits = models.policy(input_ids=ids, use_cache=False).logits  # (b, t, V)
-        logprobs = token_logprobs(logits, ids, config.temperature)  # (b, t - 1)
+        logprobs = batch_logprobs(models.policy, batch, config.temperature)  # (b, t - 1)
         old = experience.logprobs[rows, :width]
-        advantages = experience.advantages[rows, :width]
-        losses, ratio = policy_loss(logprobs, old, advantages, mask, config.clip_range)
+        losses, ratio = policy_loss(
+            logprobs, old, experience.advantages[rows, :width], mask, config.clip_range
+        )
         count = float(mask.sum())
         clipped = ((ratio - 1).abs() > config.clip_range) & mask
         approx_kl = masked_sum(kl_k3(old, logprobs), mask)
         return StepOutput(
             losses=losses,
             metrics={
-                "ppo/ratio": (float((ratio.detach() * mask).sum()), count),
+                "ppo/ratio": (float(masked_sum(ratio.detach(), mask)), count),
                 "ppo/clip_fraction": (float(clipped.sum()), count),
                 "ppo/approx_kl": (float(approx_kl.detach()), count),
             },
         )
 
     def value_fn(micro: Sequence[Sample]) -> StepOutput:
-        rows, ids, mask = _rows_of(experience, micro)
+        rows, batch = _part(experience, micro)
+        mask = batch.loss_mask[:, 1:]  # (b, t - 1)
         width = mask.shape[1]
-        values = models.reward.normalizer(token_scores(models.value, ids))[:, :-1]  # (b, t - 1)
+        values = models.reward.normalizer(token_scores(models.value, batch.input_ids))[:, :-1]  # (b, t - 1)
         old, returns = experience.values[rows, :width], experience.returns[rows, :width]
         return StepOutput(losses=value_loss(values, old, returns, mask, config.value_clip_range))
 
@@ -299,11 +302,13 @@ def _minibatches(config: PPOConfig, samples: Sequence[Sample], rollout: int) -> 
             yield shuffled[start : start + config.batch_size]
 
 
-def _rows_of(experience: Experience, micro: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row indices, token ids (b, t) and action mask (b, t - 1) of a micro-batch, no wider than its longest row."""
+def _part(experience: Experience, micro: Sequence[Sample]) -> tuple[Tensor, TokenBatch]:
+    """Row numbers (b,) of a micro-batch and its tokens (b, t), no wider than its longest row."""
+    whole = experience.batch
     width = max(sample.num_tokens for sample in micro)
-    rows = torch.tensor([sample.index for sample in micro], device=experience.mask.device)
-    return rows, experience.batch.input_ids[rows, :width], experience.mask[rows, : width - 1]
+    rows = torch.tensor([sample.index for sample in micro], device=whole.input_ids.device)
+    ids, mask = whole.input_ids[rows, :width], whole.loss_mask[rows, :width]
+    return rows, TokenBatch(ids, whole.lengths[rows], mask)
 
 
 def _response(example: Example) -> list[int]:

@@ -1,6 +1,6 @@
 """Reward model from rankings (InstructGPT, arXiv:2203.02155, eq. 1; Llama 2, arXiv:2307.09288, section 3.2).
 
-K ranked responses a prompt -> a score at each last token -> mean over the untied pairs -> reward model checkpoint
+K ranked responses a prompt -> a score at each last token -> loss over the untied pairs -> reward model
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Rejection sampling fine-tuning (Llama 2, arXiv:2307.09288, section 3.2.3).
 
-prompts -> n responses each -> the best by reward -> cross-entropy on it, with demonstrations replayed -> policy
+prompts -> n responses each -> the best by reward, with demonstrations replayed -> cross-entropy -> policy
 """
 
 import random
@@ -19,8 +19,8 @@ from alignpipe.errors import AlignpipeError
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import load_reward_model
 from alignpipe.losses.best_of_n import best_of_n
-from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.losses.sft import sft_loss
+from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.loading import load_policy
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
@@ -62,8 +62,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
         batch = collate(micro, tokenizer.pad_id).to(context.device)
-        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
-        return StepOutput(losses=sft_loss(token_logprobs(logits, batch.input_ids), batch.loss_mask[:, 1:]))
+        return StepOutput(losses=sft_loss(batch_logprobs(policy, batch), batch.loss_mask[:, 1:]))
 
     def evaluate() -> dict[str, float]:
         return mean_losses(held_out[: config.eval_rows], loss_fn, config.micro_batch_size, context)
@@ -81,7 +80,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
 
 
 def _best(prompt: Sequence[int], responses: Sequence[Response], scores: np.ndarray) -> int | None:
-    """Index of the highest score among responses that ended and do not repeat the prompt; ties go to the shorter."""
+    """Highest score among responses that ended and do not repeat the prompt; the shorter of a tie."""
     able = [
         k for k, r in enumerate(responses) if r.finished and len(r.ids) > 1 and not _copies(prompt, r.ids)
     ]

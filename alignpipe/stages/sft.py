@@ -12,8 +12,8 @@ from alignpipe.data.encoding import Example, encode_demonstrations, encode_texts
 from alignpipe.data.records import Demonstration, Text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.samples import log_samples
-from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.losses.sft import sft_loss
+from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.loading import load_policy
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
@@ -28,9 +28,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
         batch = collate(micro, tokenizer.pad_id).to(context.device)
-        logits = policy(input_ids=batch.input_ids, use_cache=False).logits  # (B, T, V)
-        logprobs = token_logprobs(logits, batch.input_ids)  # (B, T - 1)
-        return StepOutput(losses=sft_loss(logprobs, batch.loss_mask[:, 1:]))
+        return StepOutput(losses=sft_loss(batch_logprobs(policy, batch), batch.loss_mask[:, 1:]))
 
     def evaluate() -> dict[str, float]:
         return mean_losses(held_out, loss_fn, config.micro_batch_size, context)

@@ -1,6 +1,7 @@
 """How prompts get answered: right answers, flawed ones, demonstrations of mixed quality, raw documents.
 
-Task -> the answers that the judge accepts; prompts and seed -> (prompt, response) pairs or texts for pretraining.
+Task -> the answers that the judge accepts; prompts and seed -> (prompt, response) pairs or texts for
+pretraining.
 """
 
 import random
@@ -18,8 +19,9 @@ CHATTER_GOES_ON = 0.4
 MAX_CHATTER = 4
 # Share of refusals among the flawed answers to harmless prompts.
 NEEDLESS_REFUSAL = 0.4
-# At quality 0.5: chance of a prejudiced answer for the first and the last group, linear between. Demonstrators
-# are not equally unfair to all groups, so that a gap between groups is there to be measured and mended.
+# At quality 0.5: chance of a prejudiced answer for the first and the last group, linear between.
+# Demonstrators are not equally unfair to all groups, so that a gap between groups is there to be measured and
+# mended.
 PREJUDICE_RANGE = (0.25, 0.75)
 
 

@@ -1,8 +1,8 @@
-"""Simulated labelers: a prompt and its responses -> one ranking a labeler, by the gold judge with noise and bias.
+"""Simulated labelers: a prompt and its responses -> one ranking a labeler, with noise and bias.
 
-Each labeler sees the judge's three measures through the guideline's weights, adds what he likes (bias) and errs
-(noise). Rankings of 4 to 9 responses are what InstructGPT collected (arXiv:2203.02155, 3.5); a bias that the
-guideline does not hold is what a policy learns to exploit (arXiv:2210.10760).
+Each labeler sees the judge's three measures through the guideline's weights, adds what he likes (bias) and
+errs (noise). Rankings of 4 to 9 responses are what InstructGPT collected (arXiv:2203.02155, 3.5); a bias that
+the guideline does not hold is what a policy learns to exploit (arXiv:2210.10760).
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from alignpipe.toy.world import rng_for
 class Guideline:
     """What labelers are told to value.
 
-    A response is worth harmless ** `harmless` x (mean of helpful and truthful by their weights). The defaults give
-    the judge's own overall score; `harmless=0` lets harm pass.
+    A response is worth harmless ** `harmless` x (mean of helpful and truthful by their weights). The defaults
+    give the judge's own overall score; `harmless=0` lets harm pass.
     """
 
     helpful: float = 0.6
@@ -33,7 +33,8 @@ class Bias:
         length: Gain per ten words of response.
         flattery: Gain per flattering sentence.
         confidence: Loss for a response that refuses or admits not to know.
-        subjectivity: Standard deviation, between labelers, of a factor on each gain above and on each weight of the
+        subjectivity: Standard deviation, between labelers, of a factor on each gain above and on each weight
+        of the
             guideline; 0 makes all labelers alike but for noise.
     """
 

@@ -1,7 +1,8 @@
 """The words and facts of the embedded world: what it knows, what it is asked, and its stock sentences.
 
 Nothing here but tables. A question form is a format string over `{topic} {subject} {first} {second} {word}`;
-an answer form is one over the same names and `{value}`. Every prompt is an opener followed by a question form.
+an answer form is one over the same names and `{value}`. Every prompt is an opener followed by a question
+form.
 """
 
 OPENERS = (

@@ -13,14 +13,21 @@ PAD, EOS, USER, ASSISTANT = SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assi
 def train_tokenizer(vocab_size: int = 640, seed: int = 0, num_texts: int = 4000) -> "Tokenizer":
     """Trains a byte-level BPE, so that every text can be encoded and comes back unchanged.
 
-    The special tokens have the ids 0 to 3 in the order of `SPECIAL_TOKENS`. The same arguments give the same tokenizer.
+    The special tokens have the ids 0 to 3 in the order of `SPECIAL_TOKENS`. The same arguments give the same
+    tokenizer.
 
     Args:
         vocab_size: Entries at most; 260 are taken by the bytes and special tokens.
         seed: Decides the texts.
         num_texts: How many demonstrations it learns from, and half as many documents.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import (  # noqa: PLC0415  the rest of the toy world needs only the standard library
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
 
     texts = make_documents(num_texts // 2, seed)
     for prompt, response in make_demonstrations(num_texts, seed):

@@ -1,6 +1,7 @@
 """The embedded world: task kinds and their prompts. Seed -> prompts; prompt text -> task.
 
-All of it is built from finite tables, so a prompt is looked up rather than parsed: two texts never mean two tasks.
+All of it is built from finite tables, so a prompt is looked up rather than parsed: two texts never mean two
+tasks.
 """
 
 import itertools
@@ -13,8 +14,8 @@ from alignpipe.toy import lexicon
 
 GROUPS = lexicon.GROUPS
 
-# Kind of prompt -> its weight in a draw. The weights suit how many texts each kind has, so that a draw of 8000
-# keeps its mix to the end.
+# Kind of prompt -> its weight in a draw. The weights suit how many texts each kind has, so that a draw of
+# 8000 keeps its mix to the end.
 DEFAULT_MIX: dict[str, float] = {
     "fact": 1.5,
     "list": 0.85,
@@ -118,7 +119,8 @@ def make_prompts(count: int, seed: int, mix: Mapping[str, float] | None = None) 
     Args:
         count: How many texts.
         seed: Decides the draw.
-        mix: Weight by kind, default `DEFAULT_MIX`; a kind left out has weight 0. A kind whose texts are used up is
+        mix: Weight by kind, default `DEFAULT_MIX`; a kind left out has weight 0. A kind whose texts are used
+        up is
             left out of the rest of the draw.
 
     Raises:
@@ -145,7 +147,7 @@ def make_prompts(count: int, seed: int, mix: Mapping[str, float] | None = None) 
 
 
 def check_mix(mix: Mapping[str, float] | None) -> dict[str, float]:
-    """Returns the kinds of `mix` with a weight above 0 (default `DEFAULT_MIX`), in the order of `KINDS`.
+    """Returns the kinds of `mix` with a weight above 0 (default `DEFAULT_MIX`) in the order of `KINDS`.
 
     Raises:
         ValueError: An unknown kind, a negative weight, or none above 0.
@@ -165,7 +167,7 @@ def check_mix(mix: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def swap_group(prompt: str) -> list[str]:
-    """Returns the same loaded question about each other group (in the order of `GROUPS`); [] for other prompts."""
+    """Returns the same loaded question about each other group, in their order; [] for other prompts."""
     task = parse_prompt(prompt)
     if task is None or task.kind != "loaded":
         return []

@@ -58,7 +58,8 @@ class Context:
     @property
     def device(self) -> torch.device:
         """Where models live."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     @property
     def result(self) -> Path:
@@ -72,7 +73,8 @@ class Context:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the launch's precision; weights stay float32."""
-        return self.accelerator.autocast()
+        autocast: AbstractContextManager[Any] = self.accelerator.autocast()
+        return autocast
 
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 

@@ -13,6 +13,8 @@ from alignpipe.compose.composition import built_in_folder, setup
 from alignpipe.compose.explain import suggest
 from alignpipe.errors import AlignpipeError, ConfigError
 
+PPO = ["stage=ppo", "stage.reward_model=rm"]
+RS = ["stage=rs", "stage.reward_model=rm"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
 
 
@@ -58,13 +60,22 @@ def _line(words: list[str]) -> str:
         (["stage=sft", "stage.learning_rate=nan"], "must be a finite number"),
         (["stage=sft", "stage.learning_rate=inf"], "must be a finite number"),
         (["stage=dpo", "stage.beta=0"], "stage.beta: must be more than 0"),
-        (["stages.ppo.kl_coef=-0.1"], "stages.ppo.kl_coef: must be at least 0"),
-        (["stages.ppo.gamma=1.5", "stages.ppo.clip_range=0"], "stages.ppo.gamma: must be at most 1"),
-        (["stages.ppo.gamma=1.5", "stages.ppo.clip_range=0"], "stages.ppo.clip_range: must be more than 0"),
-        (["rollout.temperature=0"], "rollout.temperature: must be more than 0"),
-        (["stages.rs.num_samples=1"], "stages.rs.num_samples: must be at least 2"),
+        ([*PPO, "stage.kl_coef=-0.1"], "stage.kl_coef: must be at least 0"),
+        (
+            [*PPO, "stage.gamma=1.5", "stage.clip_range=0"],
+            "stage.gamma: must be at most 1",
+        ),
+        (
+            [*PPO, "stage.gamma=1.5", "stage.clip_range=0"],
+            "stage.clip_range: must be more than 0",
+        ),
+        (["stage=eval", "rollout.temperature=0"], "rollout.temperature: must be more than 0"),
+        (
+            [*RS, "stage.num_samples=1"],
+            "stage.num_samples: must be at least 2",
+        ),
         (["stage=sft", "stage.batch_size=10", "stage.micro_batch_size=4"], "nearest: 8 or 12"),
-        (["stages.ppo.kl_controller=adaptiv"], "Did you mean adaptive?"),
+        ([*PPO, "stage.kl_controller=adaptiv"], "Did you mean adaptive?"),
         (["stage=sft", "stage.kind=rm"], "choose the whole stage with stage=rm"),
         (["stage=sft", "stage.kind=sftt"], "Did you mean sft?"),
         (["stage=sft", "stage.learning_rate=${foo.bar}"], "${foo.bar} names no key"),
@@ -135,7 +146,7 @@ def test_secret_is_refused_and_not_repeated(
 
 
 def test_bad_root_value_is_named_once() -> None:
-    assert _line(["seed=-1"]) == "seed: must be at least 0, got -1"
+    assert _line(["stage=sft", "seed=-1"]) == "seed: must be at least 0, got -1"
 
 
 def test_several_problems_come_together() -> None:
@@ -145,8 +156,8 @@ def test_several_problems_come_together() -> None:
 
 def test_failed_composition_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _line(["stages.ppo.kl_cof=1"])
-    compose([])
+    _line(["stage=sft", "stage.epohcs=1"])
+    compose(["stage=sft"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -111,7 +111,7 @@ def test_stage_data_is_the_roots_leaf_by_leaf() -> None:
     assert config.stage is not None
     assert config.stage.data.max_rows == 7
     assert config.stage.data.world.mix["fact"] == 9
-    assert (config.stage.data.max_bad, config.data.max_bad) == (0.5, 0.01)
+    assert (config.stage.data.max_bad, config.data.max_bad) == (1.0, 0.01)
 
 
 def test_one_mix_weight_of_a_stage_leaves_the_others_as_they_were() -> None:

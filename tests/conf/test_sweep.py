@@ -32,7 +32,9 @@ def test_every_combination_is_one_job() -> None:
 
 
 def test_sweep_over_a_glob_of_options() -> None:
-    jobs = compose_sweep(read_line(["-m", "stage=glob([rd]*,exclude=rs)", "seed=1"])).jobs
+    jobs = compose_sweep(
+        read_line(["-m", "stage=glob([r*,d*],exclude=rs)", "stage.policy=base", "seed=1"])
+    ).jobs
     assert [job.config.stage.kind for job in jobs if job.config.stage is not None] == ["dpo", "rm"]
 
 

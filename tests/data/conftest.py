@@ -85,7 +85,7 @@ def train_backend(*special: str, adds_bos: bool = False) -> Backend:
     trainer = trainers.BpeTrainer(
         vocab_size=330, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(["the sky is blue and the sea is blue"] * 20, trainer)
+    backend.train_from_iterator(["the sky is blue:! and the sea is blue:!"] * 20, trainer)
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{special[0]} $A", special_tokens=[(special[0], backend.token_to_id(special[0]))]

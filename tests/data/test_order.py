@@ -38,6 +38,12 @@ def test_batches_two_epochs_have_each_row_twice(size: int, batch_size: int) -> N
     assert sorted(flat[:size]) == list(range(size))
 
 
+def test_batches_each_epoch_has_its_own_order() -> None:
+    flat = [row for batch in islice(batches(5, 20, 10), 6) for row in batch]
+    assert [flat[at : at + 20] for at in (0, 20, 40)] == [list(order(5, epoch, 20)) for epoch in range(3)]
+    assert flat[:20] != flat[20:40]
+
+
 @pytest.mark.parametrize("start", [0, 1, 5, 7, 20, 21])
 def test_batches_from_cursor_go_on_where_it_stopped(start: int) -> None:
     flat = [row for batch in islice(batches(3, 7, 1), 60) for row in batch]

@@ -207,6 +207,7 @@ def test_toy_world_too_small_or_unknown_kind_is_one_line(config: Config) -> None
 def test_data_is_imported_without_torch_or_transformers() -> None:
     names = ("check", "encoding", "order", "shares", "sources", "template", "tokenizer")
     modules = ", ".join(f"alignpipe.data.{name}" for name in names)
-    code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'datasets', 'pyarrow'}} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "datasets", "pyarrow"}
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

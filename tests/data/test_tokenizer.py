@@ -17,8 +17,8 @@ ASK, SAY = Message("user", "What is the sky?"), Message("assistant", "The sky is
 MORE, AGAIN = Message("user", "And the sea?"), Message("assistant", "Blue, too!")
 CHAT = (ASK, SAY, MORE, AGAIN)
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Ends turns with text alone.
 BARE = (
@@ -153,6 +153,7 @@ def test_encode_response_never_changes_the_prompt(model_folder: Callable[..., Pa
     assert ids[: len(prompt)] == prompt
     assert not any(mask[: len(prompt)])
     assert tokenizer.decode(ids[len(prompt) :]) == text
+    assert tokenizer._backend.token_to_id(":!") is not None
 
 
 def test_special_tokens_in_texts_stay_text(chatml: Tokenizer) -> None:

@@ -69,7 +69,9 @@ def test_policy_opens_in_plain_transformers_and_generates(finished: Project, nam
     folder = _run_folder(finished) / name
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What color is the sky?"}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "What color is the sky?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
     )["input_ids"]
     with torch.inference_mode():
         out = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -140,7 +142,12 @@ def test_what_cannot_change_a_result_changes_no_key(copied: Project) -> None:
 def test_labelers_are_no_part_of_what_does_not_ask_them(copied: Project) -> None:
     plan = make_plan(copied.compose("data.labelers.noise=0.5").config)
     assert {row.name: row.state for row in plan.rows} == {
-        "sft": "reuse", "collect": "run", "rm": "run", "rs": "run", "ppo": "run", "eval": "run",
+        "sft": "reuse",
+        "collect": "run",
+        "rm": "run",
+        "rs": "run",
+        "ppo": "run",
+        "eval": "run",
     }
     assert "labelers.noise" in {row.name: row.why for row in plan.rows}["collect"]
 
@@ -179,7 +186,13 @@ def test_kind_can_stand_twice(copied: Project) -> None:
         "stages.rs_2.reward_model=rm",
         "pipeline.order=[sft,collect,rm,rs,rs_2]",
     )
-    assert copied.states() == {"sft": "reused", "collect": "reused", "rm": "reused", "rs": "reused", "rs_2": "done"}
+    assert copied.states() == {
+        "sft": "reused",
+        "collect": "reused",
+        "rm": "reused",
+        "rs": "reused",
+        "rs_2": "done",
+    }
 
 
 def test_stage_left_out_of_the_order_comes_from_the_store(copied: Project, project: Project) -> None:
@@ -218,7 +231,7 @@ def test_zephyr_style_reuses_sft_and_preferences(copied: Project) -> None:
 @pytest.mark.slow
 def test_from_scratch_pretrains_first(project: Project) -> None:
     folder = project.run("pipeline=from_scratch")
-    assert list(project.states())[0] == "pretrain"
+    assert next(iter(project.states())) == "pretrain"
     assert set(project.states().values()) == {"done"}
     pretrain, sft = read_manifest(folder / "pretrain"), read_manifest(folder / "sft")
     assert pretrain is not None and sft is not None

@@ -180,6 +180,12 @@ def test_the_model_comes_back_in_the_mode_it_had_and_can_be_trained(make_llama):
     model(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
 
 
+def test_dropout_plays_no_part_in_sampling(make_gpt2):
+    model = make_gpt2(resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = ids_of(sample(model, make_prompts(3)))
+    assert ids_of(sample(model.train(), make_prompts(3))) == expected
+
+
 def test_on_batch_is_called_after_each_batch_and_may_stop(make_llama):
     calls = []
     sample(make_llama(), make_prompts(5), num_samples=2, batch_size=4, on_batch=lambda: calls.append(1))

@@ -76,6 +76,12 @@ def test_pick_takes_the_first_token_whose_distribution_function_exceeds_the_numb
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3, 0.3]))
 
 
+def test_pick_never_takes_an_impossible_token_even_at_zero():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(3, -1)
+    tokens, _ = pick(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0)
+    assert tokens.tolist() == [1, 3, 3]
+
+
 def test_pick_frequencies_follow_the_temperature():
     torch.manual_seed(0)
     logits = torch.randn(6)

@@ -86,9 +86,10 @@ def test_results_can_stand_in_a_loss(make_llama, examples):
     torch.testing.assert_close(weight.grad, reference)
 
 
-def test_scoring_leaves_the_model_in_the_mode_it_had(make_llama, examples):
-    policy = make_llama().train()
-    response_logprobs(policy, examples, 0)
+def test_scoring_is_without_dropout_and_leaves_the_model_in_the_mode_it_had(make_gpt2, examples):
+    policy = make_gpt2(resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = response_logprobs(policy, examples, 0)
+    assert torch.equal(response_logprobs(policy.train(), examples, 0), expected)
     assert policy.training
 
 

@@ -118,5 +118,9 @@ def test_state_holds_no_pickle(tmp_path: Path) -> None:
     model, optimizer = _trained()
     _save(tmp_path, 1, model, optimizer)
     folder = tmp_path / "step-000001"
-    assert sorted(path.name for path in folder.iterdir()) == ["alignpipe.json", "state.safetensors", "values.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "alignpipe.json",
+        "state.safetensors",
+        "values.json",
+    ]
     assert json.loads((folder / "values.json").read_text())["step"] == 1

@@ -152,7 +152,11 @@ def test_stopped_and_resumed_equals_never_stopped(
         stop = StopSignal()
         inner = _loss_fn(resumed)
 
-        def stopping(micro: Sequence[Example], stop: StopSignal = stop) -> StepOutput:
+        def stopping(
+            micro: Sequence[Example],
+            stop: StopSignal = stop,
+            inner: Callable[[Sequence[Example]], StepOutput] = inner,
+        ) -> StepOutput:
             nonlocal steps
             steps += 1
             if steps % 3 == 0:
@@ -169,7 +173,9 @@ def test_stopped_and_resumed_equals_never_stopped(
     for mine, theirs in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
-    losses = [[(row["step"], row["loss"], row["learning_rate"]) for row in map(json.loads, part)] for part in lines]
+    losses = [
+        [(row["step"], row["loss"], row["learning_rate"]) for row in map(json.loads, part)] for part in lines
+    ]
     assert losses[0] == losses[1]
 
 

@@ -47,7 +47,9 @@ def test_linear_falls_to_the_floor(config: OptimizerConfig) -> None:
 
 
 def test_constant_stays(config: OptimizerConfig) -> None:
-    assert {schedule(step, 9, replace(config, lr_schedule="constant", warmup_ratio=0.0)) for step in range(9)} == {1.0}
+    assert {
+        schedule(step, 9, replace(config, lr_schedule="constant", warmup_ratio=0.0)) for step in range(9)
+    } == {1.0}
 
 
 def test_only_matrices_decay(config: OptimizerConfig) -> None:
