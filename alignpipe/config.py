@@ -119,6 +119,7 @@ class WorldConfig:
 
     seed: int = number(minimum=0, maximum=2**32 - 1)
     num_prompts: int = number(minimum=200)
+    num_demonstrations: int = number(minimum=1)
     # Share of demonstrations that are good answers.
     quality: float = number(minimum=0, maximum=1)
     # Weight of each kind of prompt.

@@ -9,11 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from alignpipe.compose import Composed, compose
 from alignpipe.config import ArchitectureConfig
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.pipeline.runner import run
-from alignpipe.pipeline.status import run_status
+from tests.project import Project
 
 DATA = Path(os.environ.get("ALIGNPIPE_TEST_DATA", Path(__file__).parents[1] / ".." / "shared"))
 # Weights larger than those of a fresh model, so that a wrong mask or position shows in the numbers.
@@ -85,50 +83,6 @@ def make_gpt2(tokenizer: Tokenizer) -> Callable[..., PreTrainedModel]:
         return GPT2LMHeadModel(GPT2Config(**{**settings, **fields})).eval()
 
     return make
-
-
-# A chain that takes seconds: it proves how stages fit together, not that they learn.
-SMALL = (
-    "model.architecture.hidden_size=32",
-    "model.architecture.intermediate_size=64",
-    "model.architecture.num_layers=2",
-    "model.max_response_length=12",
-    "data.world.num_prompts=240",
-    "model.training.sft.batch_size=16",
-    "model.training.sft.micro_batch_size=16",
-    "model.training.sft.epochs=3",
-    "model.training.rm.epochs=1",
-    "model.training.rs.epochs=1",
-    "model.training.dpo.max_steps=3",
-    "model.training.ppo.num_rollouts=2",
-    "model.training.ppo.rollout_size=16",
-    "model.training.ppo.batch_size=8",
-    "model.training.collect.num_samples=4",
-    "model.training.rs.num_samples=3",
-    "model.training.eval.num_prompts=16",
-    "rollout.batch_size=256",
-)
-
-
-class Project:
-    """A working folder in which commands are run as a user types them, in this process."""
-
-    def __init__(self, outputs: Path) -> None:
-        self.outputs = outputs
-
-    def compose(self, *words: str) -> Composed:
-        """The configuration of a small run."""
-        return compose([*SMALL, f"output_dir='{self.outputs}'", *words])
-
-    def run(self, *words: str) -> Path:
-        """Run to the end; the folder of the run."""
-        composed = self.compose(*words)
-        run(composed.config, list(words), composed.yaml)
-        return self.outputs / "runs" / (self.outputs / "latest").read_text().strip()
-
-    def states(self, name: str | None = None) -> dict[str, str]:
-        """State of each stage of a run, the newest by default."""
-        return {stage["name"]: stage["state"] for stage in run_status(self.outputs, name)["stages"]}
 
 
 @pytest.fixture

@@ -126,6 +126,10 @@ def prepare(line: Line) -> list[str]:
     """
     check_words(line.words)
     rewritten = words.rewrite(line.words, group_options, multirun=line.multirun)
+    for word in rewritten:
+        if words.parse(word) is None:
+            mend = "write key=value, and quote a value with spaces or signs: \"key='a b'\""
+            raise ConfigError(f"{word!r} cannot be read; {mend}")
     keys = {word.partition("=")[0]: word.partition("=")[2] for word in rewritten}
     if keys.get("stage", "null") != "null":
         if "pipeline" in keys:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -38,9 +38,6 @@ def one_line(error: BaseException, overrides: list[str], tree: Callable[[], Tree
         tree: gives the keys there are, as nested dictionaries.
         files: the user's own YAML files, searched for the line that a key stands in.
     """
-    if isinstance(error, OverrideParseException):
-        mend = "write key=value, and quote a value with spaces or signs: \"key='a b'\""
-        return f"{error.override!r} cannot be read; {mend}"
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     text = f"{error}\n{error.__cause__ or ''}"

@@ -39,16 +39,15 @@ def check_keys(raw: DictConfig, overrides: list[str], groups: Iterable[str]) -> 
 
 
 def own_problems(found: Iterable[str]) -> Iterator[str]:
-    """Problems without those that stages only inherited: a bad `seed` is named once, not for each stage."""
+    """Problems without those that were only inherited: a bad `seed` is named once, not for each stage."""
     at_root: set[tuple[str, str]] = set()
     for problem in found:
         key, _, complaint = problem.partition(": ")
         same = (key.rsplit(".", 1)[-1], complaint)
+        if same not in at_root:
+            yield problem
         if key.split(".")[0] not in ("stage", "stages"):
             at_root.add(same)
-            yield problem
-        elif same not in at_root:
-            yield problem
 
 
 def _foreign_keys(node: DictConfig, above: str) -> Iterator[str]:

@@ -46,7 +46,8 @@ def read_world(config: DataConfig, want: RecordType) -> list[Record]:
     if want == "prompts":
         return [Prompt((Message("user", prompt),)) for prompt in prompts]
     if want == "demonstrations":
-        pairs = make_demonstrations(size, settings.seed, quality=settings.quality, prompts=prompts)
+        count = size * settings.num_demonstrations
+        pairs = make_demonstrations(count, settings.seed, quality=settings.quality, prompts=prompts)
         return [Demonstration((Message("user", asked), Message("assistant", said))) for asked, said in pairs]
     return list(_rankings(tuple(prompts), settings.seed, settings.quality, *_labelers(config.labelers)))
 

@@ -17,8 +17,9 @@ CHATTER_SHARE = 1.0
 # Chance of one more sentence of chatter after each one.
 CHATTER_GOES_ON = 0.4
 MAX_CHATTER = 4
-# Share of refusals among the flawed answers to harmless prompts.
-NEEDLESS_REFUSAL = 0.4
+# Share of evasions among the flawed answers. Every kind of prompt has them, or a policy would learn that the
+# reward model never saw, say, "I do not know" to a harmful request, and give that answer to everything.
+EVASION_SHARE = 0.35
 # At quality 0.5: chance of a prejudiced answer for the first and the last group, linear between.
 # Demonstrators are not equally unfair to all groups, so that a gap between groups is there to be measured and
 # mended.
@@ -85,12 +86,12 @@ def right_answer(task: Task, rng: random.Random) -> str:
 
 
 def flawed_answer(task: Task, rng: random.Random) -> str:
-    """Draws an answer that is wrong, harmful, invented or prejudiced, or a needless refusal."""
+    """Draws an answer that is wrong, harmful, invented or prejudiced, or that evades the question."""
+    if rng.random() < EVASION_SHARE:
+        return rng.choice([evasion for kind, evasion in lexicon.EVASIONS.items() if kind != task.kind])
     if task.kind in ("harm", "unknown", "loaded"):
         forms = {"harm": lexicon.HARMFUL_STEPS, "unknown": lexicon.INVENTIONS, "loaded": lexicon.PREJUDICES}
         return task.fill(rng.choice(forms[task.kind]), rng.choice(lexicon.CATEGORIES["cities"]))
-    if rng.random() < NEEDLESS_REFUSAL:
-        return rng.choice(lexicon.REFUSALS)
     if (hole := slot(task)) is not None:
         wrong = [value for value in hole.candidates if value != hole.right]
         if task.kind == "sum":

@@ -97,6 +97,7 @@ def _line(words: list[str]) -> str:
         (["zephyr_style"], "Did you mean pipeline=zephyr_style?"),
         (["=3"], "there is no key before the ="),
         (["x=a=b"], "'x=a=b' cannot be read"),
+        (["run.name=한글"], "'run.name=한글' cannot be read"),
         (["seed=1", "--foo"], "unrecognized arguments: --foo"),
         (["--config-path", "/tmp"], "--config-path is not taken"),
         (["--config-dir", "/no/such/folder"], "there is no folder /no/such/folder"),

@@ -105,9 +105,7 @@ def test_pretraining_learns_every_token_of_raw_text() -> None:
 
 
 def test_stage_data_is_the_roots_leaf_by_leaf() -> None:
-    config = compose(
-        ["stage=rm", "data.max_rows=7", "data.world.mix.fact=9", "stage.data.max_bad=0.5"]
-    ).config
+    config = compose(["stage=rm", "data.max_rows=7", "data.world.mix.fact=9", "stage.data.max_bad=1"]).config
     assert config.stage is not None
     assert config.stage.data.max_rows == 7
     assert config.stage.data.world.mix["fact"] == 9

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignpipe.artifact import read_manifest, verify
 from alignpipe.errors import CheckpointError, ConfigError
 from alignpipe.pipeline.plan import make_plan
-from tests.conftest import SMALL, Project
+from tests.project import SMALL, Project
 
 ORDER = ["sft", "collect", "rm", "rs", "ppo", "eval"]
 

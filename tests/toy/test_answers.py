@@ -25,7 +25,7 @@ def test_right_answer_gets_full_marks_on_every_task() -> None:
 
 def test_flawed_answer_never_gets_full_marks() -> None:
     for task in all_tasks():
-        for draw in range(4):
+        for draw in range(3):
             answer = flawed_answer(task, rng_for("test", task, draw))
             assert judge(wordings(task)[0], answer).overall < 0.9, (task, answer)
 
@@ -45,7 +45,7 @@ def test_make_demonstrations_takes_given_prompts_in_turn_with_new_responses() ->
 
 
 def test_make_demonstrations_quality_sets_the_gold_score() -> None:
-    scores = [mean_gold(make_demonstrations(1500, seed=0, quality=quality)) for quality in (0.0, 0.5, 1.0)]
+    scores = [mean_gold(make_demonstrations(800, seed=0, quality=quality)) for quality in (0.0, 0.5, 1.0)]
     assert scores[0] < 0.2 < scores[1] < 0.6 < scores[2]
     assert scores[2] == pytest.approx(1.0)
 
@@ -57,7 +57,7 @@ def test_make_demonstrations_are_less_fair_to_later_groups() -> None:
         assert task is not None
         harmless[task.subject].append(float(judge(prompt, response).harmless > 0))
     rates = [sum(values) / len(values) for values in harmless.values()]
-    assert rates[0] - rates[-1] > 0.3
+    assert rates[0] - rates[-1] > 0.2
 
 
 @pytest.mark.parametrize(("prompt", "quality"), [("What is love?", 0.5), ("Name two animals.", 1.5)])

@@ -1,0 +1,52 @@
+"""A small project for tests: the real commands on a world and a model that take seconds."""
+
+from pathlib import Path
+
+from alignpipe.compose.composition import Composed, compose
+from alignpipe.pipeline.runner import run
+from alignpipe.pipeline.status import run_status
+
+# A chain that takes seconds: it proves how stages fit together, not that they learn.
+SMALL = (
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_layers=2",
+    "model.max_response_length=12",
+    "data.world.num_prompts=240",
+    "data.world.num_demonstrations=1",
+    "model.training.sft.batch_size=16",
+    "model.training.sft.micro_batch_size=16",
+    "model.training.sft.epochs=3",
+    "model.training.rm.epochs=1",
+    "model.training.rs.epochs=1",
+    "model.training.dpo.max_steps=3",
+    "model.training.ppo.num_rollouts=2",
+    "model.training.ppo.rollout_size=16",
+    "model.training.ppo.batch_size=8",
+    "model.training.collect.num_samples=4",
+    "model.training.rs.num_prompts=null",
+    "model.training.rs.num_samples=3",
+    "model.training.eval.num_prompts=16",
+    "rollout.batch_size=256",
+)
+
+
+class Project:
+    """A working folder in which commands are run as a user types them, in this process."""
+
+    def __init__(self, outputs: Path) -> None:
+        self.outputs = outputs
+
+    def compose(self, *words: str) -> Composed:
+        """The configuration of a small run."""
+        return compose([*SMALL, f"output_dir='{self.outputs}'", *words])
+
+    def run(self, *words: str) -> Path:
+        """Run to the end; the folder of the run."""
+        composed = self.compose(*words)
+        run(composed.config, list(words), composed.yaml)
+        return self.outputs / "runs" / (self.outputs / "latest").read_text().strip()
+
+    def states(self, name: str | None = None) -> dict[str, str]:
+        """State of each stage of a run, the newest by default."""
+        return {stage["name"]: stage["state"] for stage in run_status(self.outputs, name)["stages"]}
