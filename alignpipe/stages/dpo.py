@@ -45,8 +45,8 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` on the untied pairs of the rankings, held near `reference`."""
     tokenizer = context.tokenizer("policy")
     context.check_same_tokens("reference", tokenizer)
-    pairs = _pairs(config, tokenizer, context, share=None)
-    held_out = _pairs(config, tokenizer, context, share="eval")[: config.eval_rows]
+    pairs = _pairs(config, tokenizer, context)
+    held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[: config.eval_rows]
     policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
 
     def logprobs(examples: Sequence[Example]) -> Tensor:
@@ -86,9 +86,15 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     }
 
 
-def _pairs(config: DPOConfig, tokenizer: Tokenizer, context: Context, share: str | None) -> list[Pair]:
-    """Every untied pair, each response scored by the reference once."""
-    records = context.records("data", config.data, Ranking, share)
+def _pairs(
+    config: DPOConfig,
+    tokenizer: Tokenizer,
+    context: Context,
+    share: str | None = None,
+    limit: int | None = None,
+) -> list[Pair]:
+    """Every untied pair of at most `limit` rankings, each response scored by the reference once."""
+    records = context.records("data", config.data, Ranking, share)[:limit]
     rows = encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
     if not rows:
         return []

@@ -34,8 +34,8 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
         context.device,
         seed=config.seed,
     )
-    rows = _encode(config, tokenizer, context, share=None)
-    held_out = _encode(config, tokenizer, context, share="eval")[: config.eval_rows]
+    rows = _encode(config, tokenizer, context)
+    held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
 
     def loss_fn(micro: Sequence[RankedExample]) -> StepOutput:
         batch = collate([example for row in micro for example in row.examples], tokenizer.pad_id).to(
@@ -67,9 +67,14 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
 
 
 def _encode(
-    config: RMConfig, tokenizer: Tokenizer, context: Context, share: str | None
+    config: RMConfig,
+    tokenizer: Tokenizer,
+    context: Context,
+    share: str | None = None,
+    limit: int | None = None,
 ) -> list[RankedExample]:
-    records = context.records("data", config.data, Ranking, share)
+    """Rankings of a share, at most `limit` of them."""
+    records = context.records("data", config.data, Ranking, share)[:limit]
     return encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
 
 

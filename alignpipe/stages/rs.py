@@ -58,14 +58,14 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     _log(config, context, rewards, [prompt_text(records[i]) for i in encoded.kept], responses, chosen)
 
     replayed = _replayed(config, tokenizer, context, len(best))
-    held_out = _demonstrations(config, tokenizer, context, "eval")
+    held_out = _encode(config, tokenizer, _demonstrations(config, context, "eval")[: config.eval_rows])
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
         batch = collate(micro, tokenizer.pad_id).to(context.device)
         return StepOutput(losses=sft_loss(batch_logprobs(policy, batch), batch.loss_mask[:, 1:]))
 
     def evaluate() -> dict[str, float]:
-        return mean_losses(held_out[: config.eval_rows], loss_fn, config.micro_batch_size, context)
+        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
 
     after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
     context.save_checkpoint(policy, tokenizer, "policy")
@@ -99,17 +99,18 @@ def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best
     """Demonstrations that make up the share `replay` of the rows."""
     if config.replay == 0:
         return []
-    rows = _demonstrations(config, tokenizer, context, None)
-    wanted = round(num_best * config.replay / (1 - config.replay))
-    return random.Random(config.seed).sample(rows, min(wanted, len(rows)))
+    records = _demonstrations(config, context)
+    wanted = min(round(num_best * config.replay / (1 - config.replay)), len(records))
+    return _encode(config, tokenizer, random.Random(config.seed).sample(records, wanted))
 
 
-def _demonstrations(
-    config: RSConfig, tokenizer: Tokenizer, context: Context, share: str | None
-) -> list[Example]:
+def _demonstrations(config: RSConfig, context: Context, share: str | None = None) -> list[Demonstration]:
     if "demonstrations" not in context.task.data:
         return []
-    records = context.records("demonstrations", config.demonstrations, Demonstration, share)
+    return context.records("demonstrations", config.demonstrations, Demonstration, share)
+
+
+def _encode(config: RSConfig, tokenizer: Tokenizer, records: Sequence[Demonstration]) -> list[Example]:
     on_overflow = config.demonstrations.on_overflow
     return encode_demonstrations(records, tokenizer, config.max_length, on_overflow, "response").examples
 

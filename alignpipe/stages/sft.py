@@ -23,8 +23,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Train `policy` on the demonstrations of its share of prompts."""
     tokenizer = context.tokenizer("policy")
     policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
-    rows = _encode(config, tokenizer, context, share=None)
-    held_out = _encode(config, tokenizer, context, share="eval")[: config.eval_rows]
+    rows = _encode(config, tokenizer, context)
+    held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
         batch = collate(micro, tokenizer.pad_id).to(context.device)
@@ -40,11 +40,18 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     return {"rows": len(rows), "eval_loss": after.get("loss"), "eval_loss_before": before.get("loss")}
 
 
-def _encode(config: SFTConfig, tokenizer: Tokenizer, context: Context, share: str | None) -> list[Example]:
+def _encode(
+    config: SFTConfig,
+    tokenizer: Tokenizer,
+    context: Context,
+    share: str | None = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """Rows of a share, at most `limit` records of it."""
     if config.data.format == "text" or "demonstrations" not in context.record_types("data", config.data):
-        texts = context.records("data", config.data, Text, share)
+        texts = context.records("data", config.data, Text, share)[:limit]
         return encode_texts(texts, tokenizer, config.max_length).examples
-    records = context.records("data", config.data, Demonstration, share)
+    records = context.records("data", config.data, Demonstration, share)[:limit]
     encoded = encode_demonstrations(
         records, tokenizer, config.max_length, config.data.on_overflow, config.loss_on
     )

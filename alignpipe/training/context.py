@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from alignpipe.config import DataConfig
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
 from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, read_records, readable_types, write_rejected
+from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.loading import ModelSource
@@ -54,6 +54,8 @@ class Context:
     metrics: MetricLog
     progress: StageProgress
     stop: StopSignal
+    # A stage reads its file once, though it takes what it trains on and what it holds out from it.
+    _read: dict[tuple[str, type[Record]], RecordSet] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +116,10 @@ class Context:
             share: another share than the stage's own, such as `eval` for held-out rows.
         """
         data = self.task.data[role]
-        source = DataSource(data.kind, data.path, config)
-        found = read_records(source, RECORD_TYPE[want])
+        if (role, want) not in self._read:
+            source = DataSource(data.kind, data.path, config)
+            self._read[role, want] = read_records(source, RECORD_TYPE[want])
+        found = self._read[role, want]
         if found.rejected:
             write_rejected(found.rejected, self.task.work / REJECTED)
         salt = "collect" if data.kind == "collect" else ""
