@@ -16,10 +16,10 @@ demo: $(BASE) ## Run the whole pipeline on the embedded world
 	$(BIN)/alignpipe run
 
 test: $(TOOLS) ## Run every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(TOOLS) ## Run the tests that take under ten seconds
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(TOOLS) ## Look for slips in style
 	$(BIN)/ruff check .

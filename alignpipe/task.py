@@ -91,6 +91,11 @@ class Task:
     run: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def trackers_folder(self) -> Path:
+        """Where trackers that write files do so: with the run, since the stage's own folder goes away."""
+        return self.target.parents[1] / "runs" / self.run / "trackers" / self.name
+
 
 def write_task(task: Task, path: Path) -> None:
     """Write a task as YAML, in one step."""

@@ -81,7 +81,7 @@ def _accelerator(task: Task) -> Accelerator:
         cpu=task.device == "cpu",
         mixed_precision="bf16" if task.precision == "bf16" else "no",
         log_with=task.trackers or None,
-        project_dir=str(task.work / "trackers"),
+        project_dir=str(task.trackers_folder),
     )
     if task.device not in ("auto", accelerator.device.type):
         raise MachineError(

@@ -49,7 +49,7 @@ def read_world(config: DataConfig, want: RecordType) -> list[Record]:
         count = size * settings.num_demonstrations
         pairs = make_demonstrations(count, settings.seed, quality=settings.quality, prompts=prompts)
         return [Demonstration((Message("user", asked), Message("assistant", said))) for asked, said in pairs]
-    return list(_rankings(tuple(prompts), settings.seed, settings.quality, *_labelers(config.labelers)))
+    return list(_rankings(tuple(prompts), settings.seed, settings.quality, *labeler_settings(config.labelers)))
 
 
 def _prompts(settings: WorldConfig) -> list[str]:
@@ -66,7 +66,8 @@ def _prompts(settings: WorldConfig) -> list[str]:
         raise ConfigError(f"{error}; lower data.world.num_prompts or change data.world.mix") from error
 
 
-def _labelers(settings: LabelersConfig) -> tuple[int, float, float, Bias, Guideline]:
+def labeler_settings(settings: LabelersConfig) -> tuple[int, float, float, Bias, Guideline]:
+    """Number of labelers, noise, tie margin, bias and guideline, as the world takes them."""
     bias, guideline = settings.bias, settings.guideline
     return (
         settings.num_labelers,

@@ -5,6 +5,7 @@ Config -> graph, keys, rows and lengths -> Plan; everything that can be wrong is
 
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -96,6 +97,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         AlignpipeError: of the class that fits what is wrong.
     """
+    _check_trackers(config)
     store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store)
     config, warnings = fit_lengths(config)
@@ -118,6 +120,14 @@ def make_plan(config: Config) -> Plan:
             f"{store.root.resolve()}: needs about {_bytes(needed)}, has {_bytes(free)} free; choose another output_dir"
         )
     return Plan(run_name(config, graph), rows, warnings, needed, free, graph, chat_template, reused)
+
+
+def _check_trackers(config: Config) -> None:
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise MachineError(
+                f"trackers: {name} is not installed; pip install 'alignpipe[trackers]', or leave it out"
+            )
 
 
 def reusable(graph: Graph, store: Store) -> dict[str, Manifest]:

@@ -59,14 +59,14 @@ def print_scorecard(scorecard: dict[str, Any] | None, folder: Path, console: Con
     """Show a scorecard as a table, its gains in words, and the next thing to try."""
     if scorecard is None:
         return
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for title in ("policy", "overall", "95 %", "helpful", "truthful", "harmless", "reward", "KL", "length"):
         table.add_column(title, justify="left" if title == "policy" else "right", no_wrap=True)
     for name, figures in scorecard["policies"].items():
         gold = figures["gold"]
         interval = "-" if gold["ci95"] is None else f"{gold['ci95'][0]:.3f} {gold['ci95'][1]:.3f}"
         measures = [_shown(gold[measure]) for measure in ("helpful", "truthful", "harmless")]
-        rest = [_shown(figures["reward"]), _shown(figures["kl"]), f"{figures['length']:.1f}"]
+        rest = [_shown(figures["reward"], 2), _shown(figures["kl"], 1), _shown(figures["length"], 1)]
         table.add_row(*(Text(cell) for cell in (name, _shown(gold["overall"]), interval, *measures, *rest)))
     console.print()
     console.print(table)
@@ -75,8 +75,8 @@ def print_scorecard(scorecard: dict[str, Any] | None, folder: Path, console: Con
     console.print(Text(f"\nscorecard  {folder / SCORECARD}"), soft_wrap=True)
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _words(scorecard: dict[str, Any]) -> list[str]:

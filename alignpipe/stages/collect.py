@@ -6,6 +6,7 @@ prompts -> 4 to 9 responses of the policy -> rankings of several labelers -> one
 from typing import Any
 
 from alignpipe.config import CollectConfig, LabelersConfig
+from alignpipe.data.embedded import labeler_settings
 from alignpipe.data.encoding import encode_prompts
 from alignpipe.data.records import Prompt, Ranking, prompt_text
 from alignpipe.data.sources import write_rankings
@@ -13,7 +14,7 @@ from alignpipe.errors import DataError
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.responses import respond
 from alignpipe.models.loading import load_policy
-from alignpipe.toy.labelers import Bias, Guideline, merge_rankings, rank_responses
+from alignpipe.toy.labelers import merge_rankings, rank_responses
 from alignpipe.training.context import Context
 
 RANKINGS = "rankings.jsonl"
@@ -63,15 +64,15 @@ def run(config: CollectConfig, context: Context) -> dict[str, Any]:
 
 
 def _rank(prompt: str, texts: list[str], labelers: LabelersConfig, seed: int) -> list[list[int]]:
-    bias, guideline = labelers.bias, labelers.guideline
+    num_labelers, noise, tie_margin, bias, guideline = labeler_settings(labelers)
     return rank_responses(
         prompt,
         texts,
-        num_labelers=labelers.num_labelers,
-        noise=labelers.noise,
-        bias=Bias(bias.length, bias.flattery, bias.confidence, bias.subjectivity),
-        guideline=Guideline(guideline.helpful, guideline.truthful, guideline.harmless),
-        tie_margin=labelers.tie_margin,
+        num_labelers=num_labelers,
+        noise=noise,
+        bias=bias,
+        guideline=guideline,
+        tie_margin=tie_margin,
         seed=seed,
     )
 

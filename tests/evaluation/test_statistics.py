@@ -1,0 +1,54 @@
+"""Bootstrap intervals: known cases, what pairing takes away, and the normal approximation."""
+
+import numpy as np
+import pytest
+
+from alignpipe.evaluation.statistics import mean_interval, paired_interval
+
+
+def test_constant_values_have_an_interval_without_width() -> None:
+    assert mean_interval(np.full(20, 0.25)) == (0.25, 0.25)
+
+
+def test_constant_gain_is_certain_however_the_prompts_vary() -> None:
+    before = np.random.default_rng(1).normal(size=200)
+    low, high = paired_interval(before + 0.01, before)
+    assert low == pytest.approx(0.01)
+    assert high == pytest.approx(0.01)
+
+
+def test_pairing_takes_away_what_the_two_share() -> None:
+    random = np.random.default_rng(2)
+    before = random.normal(scale=3.0, size=400)
+    after = before + 0.2 + random.normal(scale=0.1, size=400)
+    low, high = paired_interval(after, before)
+    assert low > 0.15
+    assert high - low < 0.05
+    # The same answers set against those of other prompts say nothing.
+    low, high = paired_interval(after, np.roll(before, 1))
+    assert high - low > 0.5
+
+
+def test_interval_is_that_of_the_normal_approximation() -> None:
+    values = np.random.default_rng(3).normal(loc=1.0, scale=2.0, size=1000)
+    low, high = mean_interval(values)
+    error = values.std() / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_exchanging_the_two_mirrors_the_interval() -> None:
+    random = np.random.default_rng(4)
+    one, two = random.normal(size=100), random.normal(size=100)
+    low, high = paired_interval(one, two)
+    assert paired_interval(two, one) == pytest.approx((-high, -low))
+
+
+def test_same_seed_gives_the_same_interval() -> None:
+    values = np.random.default_rng(5).normal(size=50)
+    assert mean_interval(values, seed=1) == mean_interval(values, seed=1)
+    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
+
+
+def test_single_prompt_has_an_interval_of_its_value() -> None:
+    assert mean_interval(np.array([0.7])) == (0.7, 0.7)

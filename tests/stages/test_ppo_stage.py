@@ -1,0 +1,118 @@
+"""PPO on the finished chain: what must hold before the first update, and what each setting does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from alignpipe.config import PPOConfig
+from alignpipe.data.encoding import Example
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.evaluation.rewards import RewardModel
+from alignpipe.losses.ppo import adapt_kl_coef
+from alignpipe.rollout.score import Normalizer
+from alignpipe.signals import StopSignal
+from alignpipe.stages.ppo import Sample, _minibatches, _scores
+from alignpipe.task import Task
+from alignpipe.training.context import Context
+from alignpipe.training.metrics import MetricLog
+from alignpipe.training.progress import StageProgress
+from tests.project import Project
+
+ALONE = (
+    "stage=ppo",
+    "stage.policy=latest/sft",
+    "stage.reference=latest/sft",
+    "stage.reward_model=latest/rm",
+    "stage.log_steps=1",
+)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _config(project: Project, *words: str) -> PPOConfig:
+    config = project.compose(*ALONE, *words).config.stage
+    assert isinstance(config, PPOConfig)
+    return config
+
+
+def test_first_minibatch_meets_the_policy_that_sampled(copied: Project) -> None:
+    lines = _lines(copied.run(*ALONE, "stage.ppo_epochs=2", "stage.micro_batch_size=3"))
+    for line in lines:
+        # The policy has changed by the second rollout, and still each begins with itself.
+        assert line["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+        assert abs(line["ppo/approx_kl_first"]) < 1e-6
+        assert line["ppo/clip_fraction_first"] == 0
+    # Averages over all minibatches are not those of the first.
+    assert abs(lines[0]["ppo/ratio"] - 1) > 1e-5
+    assert lines[0]["ppo/approx_kl"] > 1e-6
+    assert lines[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(lines[1]["objective/kl"]) > 1e-3
+
+
+def test_kl_is_measured_against_the_reference_and_not_the_start(copied: Project) -> None:
+    lines = _lines(copied.run(*ALONE, "stage.policy=latest/rs", "stage.num_rollouts=1"))
+    assert abs(lines[0]["objective/kl"]) > 1e-3
+    assert lines[0]["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_adaptive_controller_moves_the_coefficient_by_its_formula(copied: Project) -> None:
+    words = ("stage.kl_controller=adaptive", "stage.target_kl=0.5", "stage.kl_horizon=100")
+    folder = copied.run(*ALONE, *words)
+    config = _config(copied, *words)
+    lines = _lines(folder)
+    coef = config.kl_coef
+    for line in lines:
+        assert line["objective/kl_coef"] == pytest.approx(coef)
+        responses = config.rollout_size * config.num_samples
+        coef = adapt_kl_coef(coef, line["objective/kl"], 0.5, responses, 100)
+    # KL of the first rollout is 0: a full error of -0.2 over 16 responses of a horizon of 100.
+    assert lines[1]["objective/kl_coef"] == pytest.approx(config.kl_coef * (1 - 0.2 * 16 / 100))
+    manifest = json.loads((folder / "ppo" / "alignpipe.json").read_text())
+    assert manifest["metrics"]["kl_coef"] == pytest.approx(coef)
+
+
+def test_fixed_coefficient_stays(copied: Project) -> None:
+    lines = _lines(copied.run(*ALONE))
+    assert {line["objective/kl_coef"] for line in lines} == {_config(copied).kl_coef}
+
+
+def test_penalty_lowers_the_score_by_the_share_of_unfinished_responses(copied: Project) -> None:
+    # The first rollout is the same whatever the penalty, since it is sampled before any update.
+    without, with_penalty = (
+        _lines(copied.run(*ALONE, "stage.num_rollouts=1", f"stage.missing_eos_penalty={penalty}"))[0]
+        for penalty in (0, 3)
+    )
+    unfinished = 1 - without["objective/finished"]
+    assert unfinished > 0
+    assert with_penalty["objective/finished"] == without["objective/finished"]
+    assert without["objective/score"] - with_penalty["objective/score"] == pytest.approx(
+        3 * unfinished, abs=1e-4
+    )
+
+
+@pytest.fixture
+def reward_model(make_llama: Callable[..., PreTrainedModel], tokenizer: Tokenizer, tmp_path: Path) -> Any:
+    """A reward model whose raw score is 4 times the number of tokens: see `_constant`."""
+    return None
+
+
+def test_samples_of_a_rollout_are_each_visited_once_an_epoch(project: Project) -> None:
+    config = _config_without_models(project)
+    samples = [Sample(index, 4, 2) for index in range(16)]
+    minibatches = list(_minibatches(config, samples, rollout=0))
+    assert [len(minibatch) for minibatch in minibatches] == [8, 8, 8, 8]
+    epochs = [minibatches[:2], minibatches[2:]]
+    orders = [[sample.index for minibatch in epoch for sample in minibatch] for epoch in epochs]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert orders[0] != orders[1]
+    again = [sample.index for minibatch in _minibatches(config, samples, rollout=1) for sample in minibatch]
+    assert again[:16] != orders[0]

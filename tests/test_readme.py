@@ -1,0 +1,52 @@
+"""What the README tells a user to type, composes; what it says stands in the code, stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from alignpipe.compose.composition import compose
+from alignpipe.config import KINDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _commands() -> list[str]:
+    """Every `alignpipe run` line, comments cut off."""
+    lines = re.findall(r"^alignpipe run\b.*$", README, flags=re.MULTILINE)
+    return sorted({line.partition("#")[0].strip() for line in lines})
+
+
+def test_readme_shows_the_two_commands() -> None:
+    assert "make demo" in README and "make test" in README
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^demo:", makefile, flags=re.MULTILINE) and re.search(
+        r"^test:", makefile, flags=re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_command_of_the_readme_composes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = [word for word in shlex.split(command)[2:] if word != "-m"]
+    # A sweep is one composition a value.
+    composed = compose([re.sub(r"^(stages\.\w+\.\w+=[^,\[]*),.*$", r"\1", word) for word in words])
+    assert composed.config.stage is not None or composed.config.pipeline is not None
+
+
+def test_map_of_the_code_names_what_is_there() -> None:
+    block = README.split("## The code", 1)[1].split("```")[1]
+    named = re.findall(r"^  ([\w/.]+(?: [\w.]+\.py)*)  ", block + "  ", flags=re.MULTILINE)
+    for name in " ".join(named).split():
+        assert (ROOT / "alignpipe" / name).exists(), name
+
+
+def test_every_pipeline_and_kind_is_in_the_readme() -> None:
+    for path in (ROOT / "conf" / "pipeline").glob("*.yaml"):
+        assert f"`{path.stem}`" in README
+    assert all(re.search(rf"\b{kind}\b", README) for kind in KINDS)
