@@ -4,12 +4,11 @@ The process that composed the configuration writes a task to a YAML file; the pr
 it back into the same dataclasses, so that no other process ever sees Hydra.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
 
 from alignpipe.artifact import write_text
 from alignpipe.config import KINDS, ArchitectureConfig, StageConfig
@@ -120,4 +119,11 @@ def read_task(path: Path) -> Task:
 
 
 def _typed(schema: type, values: dict[str, Any]) -> Any:
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    # Not by OmegaConf: it would resolve `${...}` in a path that has long been resolved.
+    types = get_type_hints(schema)
+    return schema(
+        **{
+            name: _typed(types[name], value) if is_dataclass(types[name]) else value
+            for name, value in values.items()
+        }
+    )

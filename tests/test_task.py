@@ -1,12 +1,13 @@
 """A task read back is the task that was written, whatever stands in its texts."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from alignpipe.compose.composition import compose
-from alignpipe.config import KINDS, StageConfig
+from alignpipe.config import KINDS, ArchitectureConfig, StageConfig
 from alignpipe.task import DataInput, ModelInput, Task, read_task, write_task
 
 HARD = [
@@ -25,6 +26,7 @@ HARD = [
 ]
 
 
+@cache
 def _config(kind: str) -> StageConfig:
     needs = ["stage.reward_model=latest/rm"] if kind in ("rs", "ppo") else []
     stage = compose([f"stage={kind}", *needs]).config.stage
@@ -44,7 +46,7 @@ def _task(kind: str, text: str = "base") -> Task:
         models={"policy": ModelInput(text, text, None, "sft", "1" * 16)},
         data={"data": DataInput("file", text, "train", "2" * 64)},
         chat_template=text,
-        architecture=compose([]).config.model.architecture,
+        architecture=ArchitectureConfig(64, 128, 2, 4, 7),
         attn_implementation="sdpa",
         device="cpu",
         precision="fp32",

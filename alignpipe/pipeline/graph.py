@@ -20,6 +20,7 @@ from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.hub import model_folder, resolve_revision
 from alignpipe.pipeline.store import Store, manifest_of, run_stages
+from alignpipe.pipeline.weights import check_weights
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -417,6 +418,7 @@ def _folder(label: str) -> ModelRef:
         return ModelRef(label, str(folder.resolve()), kind=manifest.kind, key=manifest.key)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder.resolve()}: no config.json in it, so it is no model folder")
+    check_weights(folder)
     return ModelRef(label, str(folder.resolve()))
 
 

@@ -3,6 +3,7 @@
 Config -> plan (every check) -> run folder -> each stage in order -> scorecard and table
 """
 
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -122,6 +123,8 @@ class Runner:
                     if manifest is None:
                         self._make(node)
                         self._note(node, state="done", seconds=round(time.monotonic() - began, 1))
+                    # Whoever waited made the folder anew to say that it holds the lock.
+                    self._store.finish(node.kind, node.key)
             if manifest is not None:
                 self._note(node, state="reused")
         self._link(node)
@@ -141,7 +144,6 @@ class Runner:
         path = self._store.work(node.kind, node.key) / TASK
         write_task(self._task(node), path)
         run_task(path, self._console, self._stop)
-        self._store.finish(node.kind, node.key)
 
     def _reason(self, node: Node) -> str:
         states = self._store.states(node.kind, node.key)
@@ -209,11 +211,11 @@ class Runner:
         self._stop.check()
 
     def _link(self, node: Node) -> None:
-        link = self._folder / node.name
-        target = Path("..", "..", "stages", f"{node.kind}-{node.key}")
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(target)
+        # In one step: another process with the same words links the same stages.
+        temporary = self._folder / f".{node.name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path("..", "..", "stages", f"{node.kind}-{node.key}"))
+        temporary.replace(self._folder / node.name)
 
     def _tell(self, node: Node, seconds: float, *, reused: bool) -> None:
         manifest = self._store.find(node.kind, node.key)

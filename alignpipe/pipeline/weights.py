@@ -1,0 +1,41 @@
+"""Are the weights of a model folder whole? Asked without torch, before the first stage of a chain trains.
+
+folder -> nothing, or CheckpointError
+"""
+
+import json
+from pathlib import Path
+
+from alignpipe.errors import CheckpointError
+
+# A safetensors file begins with the length of its JSON header, as eight bytes, little-endian.
+PREFIX = 8
+
+
+def check_weights(folder: Path) -> None:
+    """Compare the size of every safetensors file with what its header promises.
+
+    Raises:
+        CheckpointError: a file is cut short or is no safetensors file.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            promised = _promised(path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cut short or damaged ({error}); copy the model again") from error
+        size = path.stat().st_size
+        if size != promised:
+            raise CheckpointError(
+                f"{path}: cut short or damaged ({size} bytes, its header promises {promised}); "
+                f"copy the model again"
+            )
+
+
+def _promised(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(PREFIX), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is not whole")
+        header = json.loads(file.read(length))
+    ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    return PREFIX + length + max(ends, default=0)
