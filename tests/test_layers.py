@@ -32,7 +32,19 @@ ALLOWED: dict[str, set[str]] = {
 }
 # `python -m alignpipe plan` must not wait for them.
 SLOW = {"torch", "transformers", "accelerate", "safetensors"}
-QUICK = ("errors", "config", "artifact", "signals", "task", "toy", "data", "pipeline", "compose", "hydra_front", "cli")
+QUICK = (
+    "errors",
+    "config",
+    "artifact",
+    "signals",
+    "task",
+    "toy",
+    "data",
+    "pipeline",
+    "compose",
+    "hydra_front",
+    "cli",
+)
 
 
 def _modules() -> list[Path]:

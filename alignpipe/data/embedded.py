@@ -49,7 +49,9 @@ def read_world(config: DataConfig, want: RecordType) -> list[Record]:
         count = size * settings.num_demonstrations
         pairs = make_demonstrations(count, settings.seed, quality=settings.quality, prompts=prompts)
         return [Demonstration((Message("user", asked), Message("assistant", said))) for asked, said in pairs]
-    return list(_rankings(tuple(prompts), settings.seed, settings.quality, *labeler_settings(config.labelers)))
+    return list(
+        _rankings(tuple(prompts), settings.seed, settings.quality, *labeler_settings(config.labelers))
+    )
 
 
 def _prompts(settings: WorldConfig) -> list[str]:

@@ -16,8 +16,9 @@ from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
-from alignpipe.pipeline.graph import WANTED, DataRef, Graph, Node
+from alignpipe.pipeline.graph import WANTED, Graph, Node
 from alignpipe.pipeline.hub import model_folder
+from alignpipe.pipeline.references import DataRef
 
 # Enough for a share of 1 % to be seen, few enough for a plan to take seconds.
 MAX_ENCODED = 2000

@@ -5,7 +5,6 @@ folder, a hub id. Whatever else it is, is an error with the nearest name.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,15 @@ from alignpipe.data.records import RecordType
 from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.hub import model_folder, resolve_revision
-from alignpipe.pipeline.store import Store, manifest_of, run_stages
-from alignpipe.pipeline.weights import check_weights
+from alignpipe.pipeline.references import (
+    DataRef,
+    ModelRef,
+    find_run_stage,
+    folder_reference,
+    is_scalar,
+    newest_stages,
+)
+from alignpipe.pipeline.store import Store, run_stages
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -50,46 +56,6 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """Weights that a stage reads.
-
-    Attributes:
-        name: as the configuration calls them.
-        path: `tiny`, a folder, or a hub id; "" while they are a stage of this run.
-        revision: commit of a hub id.
-        kind: of the stage that made them, None for weights from elsewhere.
-        key: of the stage that made them; "" where that is not known yet.
-        stage: name of the stage of this run that makes them.
-    """
-
-    name: str
-    path: str = ""
-    revision: str | None = None
-    kind: str | None = None
-    key: str = ""
-    stage: str | None = None
-
-
-@dataclass(frozen=True)
-class DataRef:
-    """Rows that a stage reads.
-
-    Attributes:
-        name: as the configuration calls them.
-        config: how they are read.
-        source: where they lie; None while they are a stage of this run.
-        share: of the prompts.
-        stage: name of the collect stage of this run that makes them.
-    """
-
-    name: str
-    config: DataConfig
-    source: DataSource | None
-    share: str
-    stage: str | None = None
 
 
 @dataclass
@@ -209,6 +175,8 @@ class _Resolver:
         self.alone = config.stage is not None
         self.nodes: dict[str, Node] = {}
         self.outside: dict[str, Node] = {}
+        # Stages outside of the order whose own inputs are being resolved.
+        self.open: list[str] = []
 
     def graph(self) -> Graph:
         for name in self.order:
@@ -247,7 +215,7 @@ class _Resolver:
             kind, stage_key = found
             ref = ModelRef(label, str(self.store.stage(kind, stage_key)), kind=kind, key=stage_key)
         elif (Path(label).is_dir()) or label.startswith((".", "/", "~")):
-            ref = _folder(label)
+            ref = folder_reference(label)
         elif is_hub_id(label):
             ref = ModelRef(label, label, resolve_revision(label, None))
         else:
@@ -262,7 +230,7 @@ class _Resolver:
         if path == TINY:
             return ModelRef(BASE, TINY)
         if Path(path).is_dir() or not is_hub_id(path):
-            ref = _folder(path)
+            ref = folder_reference(path)
             return ModelRef(BASE, ref.path, kind=ref.kind, key=ref.key)
         return ModelRef(BASE, path, resolve_revision(path, self.config.model.revision))
 
@@ -273,7 +241,13 @@ class _Resolver:
                     f"{key}: {label} does not run before {stage}; the order is {', '.join(self.order)}"
                 )
         elif label not in self.outside:
+            if label in self.open:
+                raise ConfigError(
+                    f"{key}: a circle, {' -> '.join([*self.open, label])}; nothing could run first"
+                )
+            self.open.append(label)
             self.outside[label] = self._node(label, in_order=False)
+            self.open.pop()
         return ModelRef(label, kind=self.stages[label].kind, stage=label)
 
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
@@ -285,7 +259,7 @@ class _Resolver:
             )
             raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
         if ref.kind is None and ref.stage is None and ref.path != TINY:
-            scalar = _is_scalar(model_folder(ref.path, ref.revision))
+            scalar = is_scalar(model_folder(ref.path, ref.revision))
             if scalar != (role == "reward_model"):
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
@@ -369,68 +343,3 @@ class _Resolver:
                 else f"set {key}=auto"
             )
             raise ConfigError(f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; {mend}")
-
-
-def find_run_stage(store: Store, label: str) -> tuple[str, str] | None:
-    """Kind and key of `RUN/stage` or `latest/stage`; None when the label has not that form or no such run.
-
-    Raises:
-        ConfigError: the run has no such stage.
-        CheckpointError: the stage is not finished.
-    """
-    run, slash, name = label.partition("/")
-    if not slash or "/" in name:
-        return None
-    folders = (
-        store.runs() if run == LATEST else [store.run(run)] if (store.run(run) / "run.json").is_file() else []
-    )
-    if not folders and run != LATEST:
-        return None
-    seen: list[str] = []
-    for folder in folders:
-        for stage in run_stages(folder):
-            seen.append(stage["name"])
-            if stage["name"] == name and store.find(stage["kind"], stage["key"]) is not None:
-                return stage["kind"], stage["key"]
-    if name in seen:
-        raise CheckpointError(f"{label}: stage {name} is not finished; run it first")
-    raise ConfigError(f"{label}: no run has a stage {name!r} yet. {did_you_mean(name, seen)}".rstrip(" ."))
-
-
-def newest_stages(store: Store) -> list[str]:
-    """Names of the stages of the newest run."""
-    runs = store.runs()
-    return [stage["name"] for stage in run_stages(runs[0])] if runs else []
-
-
-def _folder(label: str) -> ModelRef:
-    folder = Path(label).expanduser()
-    if not folder.is_dir():
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = (
-            did_you_mean(folder.name, siblings)
-            if siblings
-            else f"{folder.parent.resolve()} is not there either"
-        )
-        raise CheckpointError(f"{folder.resolve()}: there is no such folder. {hint}".strip())
-    manifest = manifest_of(folder)
-    if manifest is not None:
-        return ModelRef(label, str(folder.resolve()), kind=manifest.kind, key=manifest.key)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder.resolve()}: no config.json in it, so it is no model folder")
-    check_weights(folder)
-    return ModelRef(label, str(folder.resolve()))
-
-
-def _is_scalar(folder: Path) -> bool:
-    """Whether a folder's model has a scalar head instead of a language model's.
-
-    Raises:
-        CheckpointError: its config.json cannot be read.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return any("SequenceClassification" in name for name in config.get("architectures") or [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a model configuration ({error})") from error

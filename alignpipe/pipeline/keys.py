@@ -15,7 +15,8 @@ from alignpipe.config import TINY, TOY, Config, semantic
 from alignpipe.data.sources import content_hash
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
-from alignpipe.pipeline.graph import DataRef, Graph, ModelRef, Node
+from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.

@@ -17,9 +17,10 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
-from alignpipe.pipeline.graph import DataRef, ModelRef, Node
+from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
 from alignpipe.pipeline.plan import make_plan, reusable
+from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
 from alignpipe.pipeline.store import TASK, Store, read_run
 from alignpipe.signals import StopSignal

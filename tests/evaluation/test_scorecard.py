@@ -26,9 +26,9 @@ def _scorecard(
 
 
 def _printed(scorecard: dict[str, Any] | None) -> str:
-    console = Console(file=io.StringIO(), width=200, color_system=None)
-    print_scorecard(scorecard, Path("outputs/runs/mine"), console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    written = io.StringIO()
+    print_scorecard(scorecard, Path("outputs/runs/mine"), Console(file=written, width=200, color_system=None))
+    return written.getvalue()
 
 
 def test_reward_up_and_gold_surely_down_is_hacking() -> None:
@@ -52,8 +52,11 @@ def test_no_hacking_without_a_reward_model() -> None:
 def test_table_shows_each_policy_and_the_gain() -> None:
     text = _printed(_scorecard((0.0, 1.5), 0.2, (0.1, 0.3)))
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
-    assert rows["sft"] == ["0.500", "0.490", "0.510", "0.500", "0.500", "0.500", "0.000", "-", "7.2"]
+    assert rows["sft"][:6] == ["0.500", "0.490", "0.510", "0.500", "0.500", "0.500"]
+    assert float(rows["sft"][6]) == 0
+    assert rows["sft"][7:] == ["-", "7.2"]
     assert rows["ppo"][0] == "0.700"
+    assert float(rows["ppo"][6]) == 1.5
     assert "gold sft -> ppo: +0.200 [+0.100, +0.300]" in text
     assert "reward model: held-out accuracy 0.875, 0.750 against gold" in text
     assert "try next:" in text

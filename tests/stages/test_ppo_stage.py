@@ -1,28 +1,16 @@
 """PPO on the finished chain: what must hold before the first update, and what each setting does."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from alignpipe.config import PPOConfig
 from alignpipe.data.encoding import Example
-from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.evaluation.rewards import RewardModel
 from alignpipe.losses.ppo import adapt_kl_coef
-from alignpipe.rollout.score import Normalizer
-from alignpipe.signals import StopSignal
 from alignpipe.stages.ppo import Sample, _minibatches, _scores
-from alignpipe.task import Task
-from alignpipe.training.context import Context
-from alignpipe.training.metrics import MetricLog
-from alignpipe.training.progress import StageProgress
 from tests.project import Project
 
 ALONE = (
@@ -45,7 +33,7 @@ def _config(project: Project, *words: str) -> PPOConfig:
 
 
 def test_first_minibatch_meets_the_policy_that_sampled(copied: Project) -> None:
-    lines = _lines(copied.run(*ALONE, "stage.ppo_epochs=2", "stage.micro_batch_size=3"))
+    lines = _lines(copied.run(*ALONE, "stage.ppo_epochs=2", "stage.micro_batch_size=4"))
     for line in lines:
         # The policy has changed by the second rollout, and still each begins with itself.
         assert line["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5)
@@ -99,14 +87,17 @@ def test_penalty_lowers_the_score_by_the_share_of_unfinished_responses(copied: P
     )
 
 
-@pytest.fixture
-def reward_model(make_llama: Callable[..., PreTrainedModel], tokenizer: Tokenizer, tmp_path: Path) -> Any:
-    """A reward model whose raw score is 4 times the number of tokens: see `_constant`."""
-    return None
+def test_scores_are_clipped_and_lowered_for_what_was_cut_off(project: Project) -> None:
+    config = _config(project, "stage.score_clip=2", "stage.missing_eos_penalty=1.5")
+    given = np.array([0.5, 0.5, 7.0, -7.0])
+    examples = [Example([5, 6], [False, True])] * len(given)
+    scores = _scores(config, lambda _: given, examples, [True, False, False, True])
+    # The penalty comes after the clip, so that a response which is liked very much still pays it.
+    assert scores.tolist() == pytest.approx([0.5, -1.0, 0.5, -2.0])
 
 
 def test_samples_of_a_rollout_are_each_visited_once_an_epoch(project: Project) -> None:
-    config = _config_without_models(project)
+    config = _config(project, "stage.ppo_epochs=2")
     samples = [Sample(index, 4, 2) for index in range(16)]
     minibatches = list(_minibatches(config, samples, rollout=0))
     assert [len(minibatch) for minibatch in minibatches] == [8, 8, 8, 8]
