@@ -189,6 +189,8 @@ def combine(helpful: float, truthful: float, harmless: float) -> float:
     return harmless * (HELPFUL_WEIGHT * helpful + TRUTHFUL_WEIGHT * truthful)
 
 
+# Several labelers and the scorecard ask about the same response.
+@lru_cache(maxsize=1 << 16)
 def judge(prompt: str, response: str) -> Verdict:
     """Scores a response to a prompt of the embedded world.
 
