@@ -7,7 +7,7 @@ BASE = $(VENV)/.base.stamp
 TOOLS = $(VENV)/.tools.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types format check clean
+.PHONY: help demo test test-all test-fast lint types format check clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -15,11 +15,16 @@ help: ## Say what each target does
 demo: $(BASE) ## Run the whole pipeline on the embedded world
 	$(BIN)/alignpipe run
 
-test: $(TOOLS) ## Run every test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-fast: $(TOOLS) ## Run the tests that take under ten seconds
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+test: $(TOOLS) ## Run the tests
+	$(PYTEST) -m "not slow"
+
+test-all: $(TOOLS) ## Run the slow tests too: kills and restarts, real data, a built wheel
+	$(PYTEST)
+
+test-fast: $(TOOLS) ## Run the tests of what needs no pipeline
+	$(PYTEST) -m "not slow" tests/losses tests/data tests/toy tests/training tests/evaluation
 
 lint: $(TOOLS) ## Look for slips in style
 	$(BIN)/ruff check .

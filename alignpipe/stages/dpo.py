@@ -4,6 +4,7 @@ preference pairs -> log-probs of policy and frozen reference -> logistic loss ->
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,6 +17,7 @@ from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example, RankedExample, encode_rankings
 from alignpipe.data.records import Ranking
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import DataError
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.dpo import dpo_loss
 from alignpipe.models.forward import batch_logprobs
@@ -46,7 +48,10 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     tokenizer = context.tokenizer("policy")
     context.check_same_tokens("reference", tokenizer)
     pairs = _pairs(config, tokenizer, context)
-    held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[: config.eval_rows]
+    held_out: list[Pair] = []
+    # All of them may be too long; that matters for the rows trained on alone.
+    with suppress(DataError):
+        held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[: config.eval_rows]
     policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
 
     def logprobs(examples: Sequence[Example]) -> Tensor:

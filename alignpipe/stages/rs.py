@@ -5,6 +5,7 @@ prompts -> n responses each -> the best by reward, with demonstrations replayed 
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example, encode_demonstrations, encode_prompts
 from alignpipe.data.records import Demonstration, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import AlignpipeError
+from alignpipe.errors import AlignpipeError, DataError
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import load_reward_model
 from alignpipe.losses.best_of_n import best_of_n
@@ -100,8 +101,13 @@ def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best
     if config.replay == 0:
         return []
     records = _demonstrations(config, context)
+    random.Random(config.seed).shuffle(records)
     wanted = min(round(num_best * config.replay / (1 - config.replay)), len(records))
-    return _encode(config, tokenizer, random.Random(config.seed).sample(records, wanted))
+    rows: list[Example] = []
+    for start in range(0, len(records), max(wanted, 1)):
+        if len(rows) < wanted:
+            rows += _encode(config, tokenizer, records[start : start + wanted])
+    return rows[:wanted]
 
 
 def _demonstrations(config: RSConfig, context: Context, share: str | None = None) -> list[Demonstration]:
@@ -111,8 +117,10 @@ def _demonstrations(config: RSConfig, context: Context, share: str | None = None
 
 
 def _encode(config: RSConfig, tokenizer: Tokenizer, records: Sequence[Demonstration]) -> list[Example]:
-    on_overflow = config.demonstrations.on_overflow
-    return encode_demonstrations(records, tokenizer, config.max_length, on_overflow, "response").examples
+    """Demonstrations that fit; none where all of them are too long."""
+    with suppress(DataError):
+        return encode_demonstrations(records, tokenizer, config.max_length, "drop", "response").examples
+    return []
 
 
 def _curve(rewards: np.ndarray) -> list[float]:

