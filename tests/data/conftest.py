@@ -43,7 +43,7 @@ def make_config(**changes: Any) -> DataConfig:
             guideline=GuidelineConfig(helpful=0.6, truthful=0.4, harmless=1.0),
             bias=BiasConfig(length=0.0, flattery=0.0, confidence=0.0, subjectivity=0.0),
         ),
-        "world": WorldConfig(seed=0, num_prompts=200, quality=0.5, mix={}),
+        "world": WorldConfig(seed=0, num_prompts=200, num_demonstrations=1, quality=0.5, mix={}),
     }
     return DataConfig(**{**values, **changes})
 

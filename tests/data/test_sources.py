@@ -191,6 +191,15 @@ def test_toy_prompts_of_all_types_are_the_same(config: Config) -> None:
     assert [record.prompt for record in read_records(source, "rankings").records] == prompts
 
 
+def test_toy_prompts_get_as_many_demonstrations_as_asked_for(config: Config) -> None:
+    world = replace(config().world, num_demonstrations=3)
+    records = read_records(find_source("toy", config(world=world)), "demonstrations").records
+    prompts = [record.prompt for record in records]
+    assert len(records) == 600
+    assert all(prompts.count(prompt) == 3 for prompt in prompts[:5])
+    assert len({record.response for record in records}) > 200
+
+
 def test_toy_world_too_small_or_unknown_kind_is_one_line(config: Config) -> None:
     world = config().world
     with pytest.raises(ConfigError, match=r"lower data\.world\.num_prompts"):
