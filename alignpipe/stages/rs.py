@@ -101,13 +101,14 @@ def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best
     if config.replay == 0:
         return []
     records = _demonstrations(config, context)
-    random.Random(config.seed).shuffle(records)
     wanted = min(round(num_best * config.replay / (1 - config.replay)), len(records))
-    rows: list[Example] = []
-    for start in range(0, len(records), max(wanted, 1)):
-        if len(rows) < wanted:
-            rows += _encode(config, tokenizer, records[start : start + wanted])
-    return rows[:wanted]
+    drawn = random.Random(config.seed).sample(range(len(records)), wanted)
+    rows = _encode(config, tokenizer, [records[index] for index in drawn])
+    # Where some of those drawn are too long, others take their place.
+    others = iter(sorted(set(range(len(records))) - set(drawn)))
+    while len(rows) < wanted and (index := next(others, None)) is not None:
+        rows += _encode(config, tokenizer, [records[index]])
+    return rows
 
 
 def _demonstrations(config: RSConfig, context: Context, share: str | None = None) -> list[Demonstration]:
