@@ -13,11 +13,18 @@ PREFIX = 8
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the size of every safetensors file with what its header promises.
+    """Look for every file that the index names, and compare each file's size with what its header promises.
 
     Raises:
-        CheckpointError: a file is cut short or is no safetensors file.
+        CheckpointError: there are no safetensors weights, one is missing, cut short, or no safetensors file.
     """
+    if not any(folder.glob("*.safetensors*")):
+        raise CheckpointError(f"{folder}: no safetensors weights in it; write it again with save_pretrained")
+    for name in sorted(_indexed(folder)):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name}: missing, though the index names it; copy the model again"
+            )
     for path in sorted(folder.glob("*.safetensors")):
         try:
             promised = _promised(path)
@@ -29,6 +36,16 @@ def check_weights(folder: Path) -> None:
                 f"{path}: cut short or damaged ({size} bytes, its header promises {promised}); "
                 f"copy the model again"
             )
+
+
+def _indexed(folder: Path) -> set[str]:
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file():
+        return set()
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no index of weights ({error}); copy the model again") from error
 
 
 def _promised(path: Path) -> int:
