@@ -195,10 +195,33 @@ class RolloutConfig:
 
 @dataclass
 class LaunchConfig:
-    """What the run runs on."""
+    """What the run runs on, and how a stage is spread over processes; only `precision` decides a result."""
 
-    device: str = choice("auto", "cpu", "cuda", "mps")
-    precision: str = choice("fp32", "bf16")
+    strategy: str = choice("auto", "single", "ddp", "fsdp2", "zero2", "zero3", in_key=False)
+    device: str = choice("auto", "cpu", "cuda", "mps", in_key=False)
+    precision: str = choice("fp32", "bf16", "fp16")
+    # Over all machines, as accelerate counts them.
+    num_processes: int | None = number(minimum=1, in_key=False)
+    num_machines: int = number(minimum=1, in_key=False)
+    machine_rank: int = number(minimum=0, in_key=False)
+    rendezvous: str | None = plain(in_key=False)
+    # Seconds.
+    timeout: float = number(above=0, in_key=False)
+    generation_gather: str = choice("layer", "rollout", in_key=False)
+    gradient_checkpointing: bool = plain(in_key=False)
+    activation_offload: bool = plain(in_key=False)
+    optimizer_offload: bool = plain(in_key=False)
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters in place of whole weights (LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314)."""
+
+    kind: str = choice("none", "lora", "qlora")
+    rank: int = number(minimum=1)
+    alpha: float = number(above=0)
+    target_modules: list[str] = plain()
+    handover: str = choice("keep", "merge")
 
 
 @dataclass
@@ -372,6 +395,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     stage: StageConfig | None = None
     stages: dict[str, StageConfig] = field(default_factory=dict)
     pipeline: PipelineConfig | None = None
@@ -403,6 +427,7 @@ def register() -> None:
         "data": DataConfig,
         "rollout": RolloutConfig,
         "launch": LaunchConfig,
+        "adapter": AdapterConfig,
         "pipeline": PipelineConfig,
     }
     for name, node in {**groups, **KINDS}.items():
@@ -459,11 +484,35 @@ def _relations(config: Any, path: str) -> Iterator[str]:
             f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
             f"{config.micro_batch_size}; nearest: {near}"
         )
+    if isinstance(config, LaunchConfig):
+        yield from _launch_relations(config, at)
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
         )
+
+
+def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:
+    processes = config.num_processes
+    if config.strategy == "single" and (config.num_machines > 1 or (processes or 1) > 1):
+        yield f"{at}num_processes: launch=single is one process; take launch=ddp or launch=fsdp2 for {processes}"
+    if processes is not None and processes % config.num_machines:
+        near = _nearest_multiples(processes, config.num_machines)
+        yield (
+            f"{at}num_processes: {processes} over all machines is no multiple of num_machines "
+            f"{config.num_machines}; nearest: {near}"
+        )
+    if config.num_machines > 1 and processes is None:
+        yield f"{at}num_processes: say how many, over all {config.num_machines} machines"
+    if config.num_machines > 1 and config.rendezvous is None:
+        yield f"{at}rendezvous: {config.num_machines} machines need HOST:PORT of the first one"
+    if config.machine_rank >= config.num_machines:
+        yield (
+            f"{at}machine_rank: {config.machine_rank} must be below num_machines {config.num_machines}; the first is 0"
+        )
+    if config.device == "mps" and (processes or 1) > 1:
+        yield f"{at}num_processes: mps is one device, got {processes}"
 
 
 def _nearest_multiples(value: int, step: int) -> str:

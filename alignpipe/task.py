@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from alignpipe.artifact import write_text
-from alignpipe.config import KINDS, ArchitectureConfig, StageConfig
+from alignpipe.config import KINDS, AdapterConfig, ArchitectureConfig, LaunchConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Task:
         chat_template: Jinja source for a model that has none.
         architecture: of the model that `tiny` names.
         attn_implementation: as transformers takes it.
-        device: auto, cpu, cuda or mps.
-        precision: fp32, bf16 or fp16.
+        launch: devices, precision, processes.
+        adapter: whether adapters are trained in place of whole weights.
         trackers: names of accelerate trackers.
         run: name of the run, for trackers.
         inputs: what the key was made of.
@@ -84,8 +84,8 @@ class Task:
     chat_template: str
     architecture: ArchitectureConfig
     attn_implementation: str
-    device: str
-    precision: str
+    launch: LaunchConfig
+    adapter: AdapterConfig
     trackers: list[str] = field(default_factory=list)
     run: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +112,8 @@ def read_task(path: Path) -> Task:
             "target": Path(raw["target"]),
             "config": _typed(KINDS[raw["kind"]], raw["config"]),
             "architecture": _typed(ArchitectureConfig, raw["architecture"]),
+            "launch": _typed(LaunchConfig, raw["launch"]),
+            "adapter": _typed(AdapterConfig, raw["adapter"]),
             "models": {role: ModelInput(**model) for role, model in raw["models"].items()},
             "data": {role: DataInput(**data) for role, data in raw["data"].items()},
         }

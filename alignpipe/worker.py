@@ -78,14 +78,14 @@ def _verified_parents(task: Task) -> dict[str, Parent]:
 
 def _accelerator(task: Task) -> Accelerator:
     accelerator = Accelerator(
-        cpu=task.device == "cpu",
-        mixed_precision="bf16" if task.precision == "bf16" else "no",
+        cpu=task.launch.device == "cpu",
+        mixed_precision="bf16" if task.launch.precision == "bf16" else "no",
         log_with=task.trackers or None,
         project_dir=str(task.trackers_folder),
     )
-    if task.device not in ("auto", accelerator.device.type):
+    if task.launch.device not in ("auto", accelerator.device.type):
         raise MachineError(
-            f"launch.device={task.device}: this machine has no such device, only {accelerator.device.type}"
+            f"launch.device={task.launch.device}: this machine has no such device, only {accelerator.device.type}"
         )
     if task.trackers:
         accelerator.init_trackers(f"alignpipe-{task.kind}", config=_flat(asdict(task.config)))

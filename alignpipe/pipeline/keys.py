@@ -60,6 +60,7 @@ def _inputs(
         "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
         "data": data,
         "precision": config.launch.precision,
+        "adapter": semantic(config.adapter) if config.adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
 

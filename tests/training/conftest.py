@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 from rich.console import Console
 
+from alignpipe.compose.composition import compose
 from alignpipe.config import ArchitectureConfig, StageConfig
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
@@ -34,8 +35,8 @@ def make_context(tmp_path: Path, architecture: ArchitectureConfig) -> Callable[.
             chat_template="",
             architecture=architecture,
             attn_implementation="sdpa",
-            device="cpu",
-            precision="fp32",
+            launch=compose(["launch=cpu"]).config.launch,
+            adapter=compose([]).config.adapter,
         )
         accelerator = Accelerator(cpu=True)
         progress = StageProgress(name, Console(quiet=True))
