@@ -15,7 +15,7 @@ help: ## Say what each target does
 demo: $(BASE) ## Run the whole pipeline on the embedded world
 	$(BIN)/alignpipe run
 
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(TOOLS) ## Run the tests
 	$(PYTEST) -m "not slow"
