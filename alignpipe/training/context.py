@@ -1,7 +1,7 @@
 """What a stage works with beside its configuration: device, inputs, folders, figures, the stop signal."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -9,20 +9,25 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.config import DataConfig
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
-from alignpipe.models.loading import ModelSource
+from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
+from alignpipe.models.scalar_head import load_scalar_model
+from alignpipe.models.sharding import shard
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.checkpoint import load_newest_state, save_state
+from alignpipe.training.gradients import LossScale
 from alignpipe.training.journal import Journal
 from alignpipe.training.metrics import MetricLog
 from alignpipe.training.progress import StageProgress
@@ -47,6 +52,7 @@ class Context:
         metrics: where figures go.
         progress: what the user sees.
         stop: whether a signal came.
+        loss_scale: of float16 gradients.
     """
 
     task: Task
@@ -54,6 +60,7 @@ class Context:
     metrics: MetricLog
     progress: StageProgress
     stop: StopSignal
+    loss_scale: LossScale = field(default_factory=LossScale)
     # A stage reads its file once, though it takes what it trains on and what it holds out from it.
     _read: dict[tuple[str, type[Record]], RecordSet] = field(default_factory=dict)
 
@@ -75,8 +82,27 @@ class Context:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the launch's precision; weights stay float32."""
-        autocast: AbstractContextManager[Any] = self.accelerator.autocast()
-        return autocast
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.task.launch.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def saved_activations(self) -> AbstractContextManager[Any]:
+        """Keep what the backward pass needs on the CPU, where the launch says so."""
+        if not self.task.launch.activation_offload:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
+
+    def stopping(self) -> bool:
+        """Whether a signal came to any process; all of them ask at the same point."""
+        return processes.any_of(self.stop.requested)
+
+    def check_stop(self) -> None:
+        """End here, where nothing needs saving first, if a signal came to any process.
+
+        Raises:
+            Stopped: on every process.
+        """
+        if self.stopping():
+            self.stop.end()
 
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
@@ -90,6 +116,31 @@ class Context:
             CheckpointError: the role's tokenizer differs from the policy's, so ids of one mean nothing to the other.
         """
         return load_tokenizer(self.model(role), self.task.chat_template)
+
+    def load_policy(self, role: str, tokenizer: Tokenizer, *, frozen: bool = False) -> PreTrainedModel:
+        """The language model of a role, placed as the launch says; `frozen` takes its gradients off."""
+        model = load_policy(self.model(role), tokenizer, self.task.attn_implementation, self._loading_device)
+        return self._placed(freeze(model) if frozen else model)
+
+    def load_scalar_model(
+        self, role: str, tokenizer: Tokenizer, *, seed: int | None = None, frozen: bool = False
+    ) -> PreTrainedModel:
+        """The reward or value model of a role, placed as the launch says; `seed` draws a new head."""
+        model = load_scalar_model(
+            self.model(role), tokenizer, self.task.attn_implementation, self._loading_device, seed=seed
+        )
+        return self._placed(freeze(model) if frozen else model)
+
+    @property
+    def _loading_device(self) -> torch.device:
+        """Weights that will be cut over the processes are never whole on one device."""
+        return torch.device("cpu") if self.task.launch.strategy == "fsdp2" else self.device
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        launch = self.task.launch
+        if launch.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        return shard(model, launch, self.device) if launch.strategy == "fsdp2" else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
         """Make sure that a second model reads the ids and the template of the first.
@@ -120,7 +171,7 @@ class Context:
             source = DataSource(data.kind, data.path, config)
             self._read[role, want] = read_records(source, RECORD_TYPE[want])
         found = self._read[role, want]
-        if found.rejected:
+        if found.rejected and processes.is_main():
             write_rejected(found.rejected, self.task.work / REJECTED)
         salt = "collect" if data.kind == "collect" else ""
         records = cast(list[AnyRecord], found.records)
@@ -143,7 +194,8 @@ class Context:
         values: Mapping[str, Any],
     ) -> None:
         """Save a state to go on from."""
-        save_state(self.states, step, modules, optimizers, {**values, "step": step})
+        scale = {"loss_scale": [self.loss_scale.value, self.loss_scale.good_steps]}
+        save_state(self.states, step, modules, optimizers, {**scale, **values, "step": step})
 
     def save_checkpoint(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> None:
         """Write the model as the stage's result, and open it once more as any user would.
@@ -162,6 +214,8 @@ class Context:
             Its values; `{"step": 0}` when the stage starts afresh.
         """
         values = load_newest_state(self.states, modules, optimizers) or {"step": 0}
+        if "loss_scale" in values:
+            self.loss_scale = LossScale(*values["loss_scale"])
         self.metrics.rewind(values["step"])
         return values
 
