@@ -115,7 +115,7 @@ def _accelerator(task: Task) -> Accelerator:
         MachineError: the machine has no such device, or the processes did not find each other.
     """
     on_cpu = task.launch.device == "cpu" or not torch.cuda.is_available()
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # Small things travel over gloo, and no process waits for its GPU to tell the others a number.
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
         if not on_cpu:

@@ -21,7 +21,7 @@ from alignpipe.config import LaunchConfig
 def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) -> PreTrainedModel:
     """Cut a model over all processes, block by block, in place.
 
-    Gradients are added up over processes, not averaged: the loss is divided by the items of the whole step.
+    The backward pass averages gradients over processes; `sum_gradients` turns that into the sum.
 
     Args:
         model: whole, on the CPU, the same on every process.
@@ -35,9 +35,6 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, offload_policy=offload)
     fully_shard(root, mesh=mesh, offload_policy=offload)
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
     model.to(device)  # type: ignore[arg-type]
     root.__dict__["gathers_once"] = launch.generation_gather == "rollout"
     return model
@@ -58,19 +55,27 @@ def in_step(model: nn.Module) -> Iterator[None]:
     root = _root(model)
     if root is None:
         yield
-    elif root.gathers_once:
-        with _gathered(root):
-            yield
-    else:
-        handle = root.register_forward_pre_hook(lambda *_: _announce(), prepend=True)
-        try:
-            yield
-        finally:
+        return
+    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    gathered = root.gathers_once
+    handle = None if gathered else root.register_forward_pre_hook(lambda *_: _announce(), prepend=True)
+    for module in modules if gathered else ():
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        if handle is not None:
             handle.remove()
+    if not gathered:
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(root.parameters()).device)
         with torch.no_grad():
             while processes.any_of(False):
                 root(input_ids=ids, use_cache=False)
+    for module in modules:
+        # Without a backward pass the outermost weights would stay whole, and be taken for what is trained.
+        module.set_reshard_after_forward(module is not root, recurse=False)
+        module.reshard()
 
 
 def whole_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
@@ -85,26 +90,13 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
     for name, tensor in [*model.named_parameters(), *_saved_buffers(model)]:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if processes.is_main():
-            weights[name] = whole.detach().cpu()
+            # A copy: what was gathered may still be on its way, in a wrapper that writers of files do not know.
+            weights[name] = whole.detach().clone().cpu()
     return weights
 
 
 def _announce() -> None:
     processes.any_of(True)
-
-
-@contextmanager
-def _gathered(root: Any) -> Iterator[None]:
-    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
 
 
 def _root(model: nn.Module) -> Any:

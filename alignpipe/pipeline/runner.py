@@ -23,11 +23,11 @@ from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
 from alignpipe.pipeline.launch import run_in_processes, runs_here
 from alignpipe.pipeline.plan import make_plan, reusable
-from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
 from alignpipe.pipeline.store import TASK, Store, read_run
+from alignpipe.pipeline.tasks import stage_task
 from alignpipe.signals import StopSignal
-from alignpipe.task import DataInput, ModelInput, Task, write_task
+from alignpipe.task import write_task
 
 ERROR_LOG = "error.log"
 RENDEZVOUS = "rendezvous"
@@ -151,7 +151,10 @@ class Runner:
             self._say(f"{node.name}: its finished folder no longer fits and was moved to {set_aside}")
         self._note(node, state="running")
         self._say(f"{node.name} ({node.kind}-{node.key}) {self._reason(node)}")
-        task, path = self._task(node), self._store.work(node.kind, node.key) / TASK
+        task, path = (
+            stage_task(node, self._config, self._plan, self._store),
+            self._store.work(node.kind, node.key) / TASK,
+        )
         write_task(task, path)
         if runs_here(task.launch):
             from alignpipe.worker import run_task  # noqa: PLC0415  (brings torch, which only a stage that runs needs)
@@ -173,7 +176,7 @@ class Runner:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 continue
             joined = begun
-            task = self._task(node)
+            task = stage_task(node, self._config, self._plan, self._store)
             path = task.work / f"machine{task.launch.machine_rank}.{TASK}"
             write_task(task, path)
             run_in_processes(
@@ -188,41 +191,6 @@ class Runner:
     def _reason(self, node: Node) -> str:
         states = self._store.states(node.kind, node.key)
         return f"goes on from {states[-1]}" if states else f"runs: {why_not_reused(node, self._store)}"
-
-    def _task(self, node: Node) -> Task:
-        config = self._config
-        return Task(
-            name=node.name,
-            kind=node.kind,
-            key=node.key,
-            work=self._store.work(node.kind, node.key),
-            target=self._store.stage(node.kind, node.key),
-            config=node.config,
-            models={role: self._model(ref) for role, ref in node.models.items()},
-            data={role: self._data(ref) for role, ref in node.data.items()},
-            chat_template=self._plan.chat_template,
-            architecture=config.model.architecture,
-            attn_implementation=config.model.attn_implementation,
-            launch=config.launch,
-            adapter=config.adapter,
-            trackers=list(config.trackers),
-            run=self._plan.run,
-            inputs=node.inputs,
-        )
-
-    def _model(self, ref: ModelRef) -> ModelInput:
-        if ref.stage is None:
-            return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key)
-        parent = self._plan.graph.nodes[ref.stage]
-        return ModelInput(
-            ref.name, str(self._store.stage(parent.kind, parent.key)), None, parent.kind, parent.key
-        )
-
-    def _data(self, ref: DataRef) -> DataInput:
-        if ref.source is not None:
-            return DataInput(ref.source.kind, ref.source.path, ref.share)
-        parent = self._plan.graph.nodes[str(ref.stage)]
-        return DataInput("collect", str(self._store.stage(parent.kind, parent.key)), ref.share, parent.key)
 
     @contextmanager
     def _recorded(self, node: Node) -> Iterator[None]:

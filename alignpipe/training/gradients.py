@@ -20,12 +20,16 @@ BUCKET_ELEMENTS = 25 * 2**20
 
 
 def sum_gradients(parameters: Iterable[Parameter]) -> None:
-    """Add up the gradients of whole weights over all processes.
+    """Add up gradients over all processes, since the loss is divided by the items of the whole step.
 
-    Weights that are cut over the processes are left alone: fsdp2 has added theirs up in the backward pass.
+    Those of sharded weights were averaged in the backward pass already, and need but a factor.
     """
     if processes.count() == 1:
         return
+    parameters = list(parameters)
+    cut = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    if cut:
+        torch._foreach_mul_(cut, float(processes.count()))
     for bucket in _buckets(
         [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     ):
