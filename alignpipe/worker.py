@@ -167,7 +167,6 @@ def main(path: Path) -> None:
             code = error.exit_code
             _leave_error(task, number, str(error), code)
         except Exception as error:
-            traceback.print_exc()
             first = str(error).strip().partition("\n")[0]
             lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in CONTACT)
             code = ProcessLost.exit_code if lost else 1

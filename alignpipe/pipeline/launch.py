@@ -6,6 +6,7 @@ Task -> in this process, or torch's launcher and its workers -> an artifact, or 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,7 +118,13 @@ def first_error(task: Task) -> AlignpipeError:
     errors = task.work / ERRORS
     said = {path.stem: json.loads(path.read_text()) for path in errors.glob("rank*.json")}
     dead = [json.loads(path.read_text()) for path in errors.glob("machine*.json")]
-    killed = {rank: code for codes in dead for rank, code in codes.items() if f"rank{rank}" not in said}
+    killed = {
+        rank: code
+        for codes in dead
+        for rank, code in codes.items()
+        # The launcher itself ends the others by SIGTERM.
+        if f"rank{rank}" not in said and code != -signal.SIGTERM
+    }
     ordered = sorted(said.items(), key=lambda item: item[1]["time"])
     real = [(rank, error) for rank, error in ordered if error["exit_code"] != ProcessLost.exit_code]
     if not real and killed:
