@@ -18,6 +18,8 @@ from alignpipe.errors import ConfigError, did_you_mean
 BASE = "base"
 TOY = "toy"
 TINY = "tiny"
+# Strategies under which no process holds all weights.
+SHARDED = ("fsdp2", "zero2", "zero3")
 LATEST = "latest"
 FORMATS = (
     "auto",

@@ -19,7 +19,7 @@ from torch.distributed.run import parse_args
 from torch.distributed.run import run as launch
 
 from alignpipe.artifact import write_json
-from alignpipe.task import ERRORS, Task, read_task
+from alignpipe.task import ERRORS, STUCK, Task, read_task
 
 # Seconds that the other processes get to end by themselves once one has failed.
 GRACE = 5.0
@@ -83,6 +83,8 @@ def _watched(task: Task) -> Iterator[None]:
             if failed_at is None and errors.is_dir() and any(errors.glob("rank*.json")):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > GRACE:
+                # Those killed here did not fail first.
+                (errors / STUCK).touch()
                 _kill_workers()
 
     thread = threading.Thread(target=watch, daemon=True)

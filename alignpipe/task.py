@@ -16,6 +16,7 @@ from alignpipe.config import KINDS, AdapterConfig, ArchitectureConfig, LaunchCon
 # In a stage's working folder: made to ask its processes to stop, and where they say how they failed.
 STOP = "stop"
 ERRORS = "errors"
+STUCK = "stuck"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights cut over processes: torch's `fully_shard` (FSDP2; arXiv:2304.11277), and what goes with it.
+"""Weights cut over processes: torch's `fully_shard` (FSDP2, arXiv:2304.11277; ZeRO, arXiv:1910.02054).
 
 whole model on the CPU -> each process holds a slice of every weight; a layer is gathered while it works
 """
@@ -25,18 +25,21 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
 
     Args:
         model: whole, on the CPU, the same on every process.
-        launch: whether weights and moments stay on the CPU between uses, and when sampling gathers them.
+        launch: how long weights stay gathered, and whether weights and moments rest on the CPU between uses.
         device: where slices live and blocks work.
     """
     mesh = init_device_mesh(device.type, (processes.count(),))
     offload = CPUOffloadPolicy() if launch.optimizer_offload and device.type != "cpu" else OffloadPolicy()
     # A scalar model is called through its body, so the body is what gathers; its head is a few numbers and stays whole.
     root = model.base_model if hasattr(model, "score") else model
+    # ZeRO's second stage keeps a block's weights from its forward to its backward pass; the third gathers them twice.
+    reshard = launch.strategy != "zero2"
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, offload_policy=offload)
+        fully_shard(block, mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(root, mesh=mesh, offload_policy=offload)
     model.to(device)  # type: ignore[arg-type]
-    root.__dict__["gathers_once"] = launch.generation_gather == "rollout"
+    root.__dict__["gathers_once"] = launch.generation_gather == "rollout" or not reshard
+    root.__dict__["reshards"] = reshard
     return model
 
 
@@ -74,7 +77,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
                 root(input_ids=ids, use_cache=False)
     for module in modules:
         # Without a backward pass the outermost weights would stay whole, and be taken for what is trained.
-        module.set_reshard_after_forward(module is not root, recurse=False)
+        module.set_reshard_after_forward(root.reshards and module is not root, recurse=False)
         module.reshard()
 
 

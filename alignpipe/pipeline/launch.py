@@ -13,12 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignpipe.artifact import remove_tree
-from alignpipe.config import LaunchConfig
+from alignpipe.config import SHARDED, LaunchConfig
 from alignpipe.errors import AlignpipeError, ProcessLost
 from alignpipe.signals import StopSignal
-from alignpipe.task import ERRORS, STOP, Task
-
-SHARDED = ("fsdp2", "zero2", "zero3")
+from alignpipe.task import ERRORS, STOP, STUCK, Task
 
 
 def num_processes(launch: LaunchConfig) -> int:
@@ -105,11 +103,6 @@ def environment(launch: LaunchConfig, num_local: int) -> dict[str, str]:
     if launch.num_machines == 1 and Path("/sys/class/net/lo").exists():
         # A machine's name may resolve to an address that its own processes cannot reach.
         values["GLOO_SOCKET_IFNAME"] = "lo"
-    if launch.strategy in ("zero2", "zero3"):
-        values |= {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE": launch.strategy.removeprefix("zero"),
-        }
     return {**os.environ, **{name: value for name, value in values.items() if name not in os.environ}}
 
 
@@ -122,8 +115,8 @@ def first_error(task: Task) -> AlignpipeError:
         rank: code
         for codes in dead
         for rank, code in codes.items()
-        # The launcher itself ends the others by SIGTERM.
-        if f"rank{rank}" not in said and code != -signal.SIGTERM
+        # The launcher itself ends the others, by SIGTERM first.
+        if f"rank{rank}" not in said and code != -signal.SIGTERM and not (errors / STUCK).exists()
     }
     ordered = sorted(said.items(), key=lambda item: item[1]["time"])
     real = [(rank, error) for rank, error in ordered if error["exit_code"] != ProcessLost.exit_code]

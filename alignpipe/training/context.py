@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from alignpipe import processes
-from alignpipe.config import DataConfig
+from alignpipe.config import SHARDED, DataConfig
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
@@ -134,13 +134,13 @@ class Context:
     @property
     def _loading_device(self) -> torch.device:
         """Weights that will be cut over the processes are never whole on one device."""
-        return torch.device("cpu") if self.task.launch.strategy == "fsdp2" else self.device
+        return torch.device("cpu") if self.task.launch.strategy in SHARDED else self.device
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         launch = self.task.launch
         if launch.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-        return shard(model, launch, self.device) if launch.strategy == "fsdp2" else model
+        return shard(model, launch, self.device) if launch.strategy in SHARDED else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
         """Make sure that a second model reads the ids and the template of the first.

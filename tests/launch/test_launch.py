@@ -184,11 +184,13 @@ def _launch(*words: str) -> LaunchConfig:
     return Project(Path("unused")).compose(*words).config.launch
 
 
-def test_deepspeed_is_told_by_the_environment() -> None:
-    told = environment(_launch("launch=zero3", "launch.num_processes=2"), 2)
-    assert told["ACCELERATE_USE_DEEPSPEED"] == "true"
-    assert told["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-    assert "ACCELERATE_USE_DEEPSPEED" not in environment(_launch("launch=ddp"), 1)
+def test_environment_divides_the_cores_and_leaves_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert environment(_launch("launch=ddp"), 1)["OMP_NUM_THREADS"] == str(cores)
+    assert environment(_launch("launch=ddp"), 2 * cores)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert environment(_launch("launch=ddp"), 1)["OMP_NUM_THREADS"] == "7"
 
 
 def test_one_process_a_visible_gpu_where_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

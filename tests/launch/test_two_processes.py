@@ -99,6 +99,14 @@ def test_sharded_training_gives_the_curve_of_one(
         assert (opened[name] - weight).abs().max() < 1e-4, name
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_stages_of_zero_give_the_curve_of_one(
+    group: Group, chain: Project, tmp_path: Path, strategy: str
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), "ppo", *FSDP2, f"launch.strategy={strategy}")
+    assert _largest_difference("ppo", _folder(chain, "ppo"), task.target) < 1e-5
+
+
 @pytest.mark.parametrize("gather", ["layer", "rollout"])
 def test_sharded_policy_samples_the_same_responses(
     group: Group, chain: Project, tmp_path: Path, gather: str
