@@ -21,6 +21,7 @@ from alignpipe.losses.sft import sft_loss
 from alignpipe.signals import StopSignal
 from alignpipe.training.checkpoint import load_newest_state, save_state
 from alignpipe.training.context import Context
+from alignpipe.training.gradients import LossScale
 from alignpipe.training.loop import StepOutput, fit, optimizer_step
 from alignpipe.training.optim import make_optimizer
 
@@ -244,3 +245,25 @@ def test_every_row_is_seen_once_an_epoch(
     fit(model, rows, noting, replace(config, epochs=2.0), make_context(config), _nothing)
     # 40 rows in 5 full batches of 8: every row twice.
     assert sorted(seen) == sorted([id(row) for row in rows] * 2)
+
+
+def test_overflow_of_the_loss_scale_leaves_the_step_out(
+    config: SFTConfig, rows: list[Example], make_llama: MakeModel, make_context: MakeContext
+) -> None:
+    model, context = make_llama(), make_context(config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = make_optimizer(model, config)
+    # Beyond the largest float32: every gradient is infinite.
+    context.loss_scale = LossScale(2.0**130)
+    figures = optimizer_step(model, optimizer, rows[:8], _loss_fn(model), config, context)
+    assert context.loss_scale.value == 2.0**129
+    assert "grad_norm" not in figures
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    context.loss_scale = LossScale(2.0**10)
+    scaled = optimizer_step(model, optimizer, rows[:8], _loss_fn(model), config, context)
+    assert scaled["loss"] == figures["loss"]
+    fresh = make_llama()
+    unscaled = optimizer_step(
+        fresh, make_optimizer(fresh, config), rows[:8], _loss_fn(fresh), config, make_context(config)
+    )
+    assert scaled["grad_norm"][0] == pytest.approx(unscaled["grad_norm"][0], rel=1e-5)
