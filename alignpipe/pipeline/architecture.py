@@ -266,9 +266,7 @@ def parse_architecture(raw: dict[str, Any]) -> Architecture:
 
 def _gpt2(raw: dict[str, Any]) -> Architecture:
     """GPT-2: learned positions, biases everywhere, two matrices in a feed-forward block, embeddings tied."""
-    vocab, hidden, layers, heads = (
-        int(raw[name]) for name in ("vocab_size", "n_embd", "n_layer", "n_head")
-    )
+    vocab, hidden, layers, heads = (int(raw[name]) for name in ("vocab_size", "n_embd", "n_layer", "n_head"))
     inner = int(raw.get("n_inner") or 4 * hidden)
     linears = (
         Linear("c_attn", hidden, 3 * hidden, True),

@@ -152,7 +152,9 @@ def test_unknown_family_is_estimated_and_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "brandnew"}))
     found, note = read_architecture(tmp_path)
     assert found is not None and not found.exact
-    assert note == "the plan does not know model_type 'brandnew': parameters and memory are estimated as Llama's"
+    assert (
+        note == "the plan does not know model_type 'brandnew': parameters and memory are estimated as Llama's"
+    )
 
 
 @pytest.mark.parametrize(
