@@ -2,11 +2,11 @@
 
 Words choose cases whose name holds one of them; `--glibc` leaves malloc as it is. Needs Linux and a CPU.
 
-What is estimated is `alignpipe plan`'s total of the stage. What is measured is the highest resident size of the process
-that runs the stage (VmHWM, set back by /proc/self/clear_refs), less its size after all imports. glibc hands a freed
-block back at once only if it was mapped by itself, and it raises that limit as it sees blocks come and go, to 32 MB; the
-peak of a small model then depends on the history of its heap. So cases run with MALLOC_MMAP_THRESHOLD_=65536, under
-which resident size is what lives, and the estimate is of that. `--glibc` shows what the allocator adds.
+What is estimated is `alignpipe plan`'s total of the stage. What is measured is the highest resident size of the
+process that runs the stage (VmHWM, set back by /proc/self/clear_refs), less its size after all imports. glibc hands a
+freed block back at once only if it was mapped by itself, and raises that limit to 32 MB as it sees blocks come and go,
+so the peak of a small model depends on the history of its heap. Cases therefore run with MALLOC_MMAP_THRESHOLD_=65536,
+under which resident is what is in use, and that is what the estimate is of. `--glibc` shows what the allocator adds.
 """
 
 import json
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Words of one token each in the embedded world's vocabulary, after a space.
-LETTERS = "abcdefgh"
+LETTERS = "abcdfghl"
 SIZES = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary; Llama, embeddings tied
     "3M": (192, 512, 4, 4, 2, 4096),
@@ -60,7 +60,11 @@ class Case:
     @property
     def name(self) -> str:
         """What tells it from the others."""
-        keep = [word.removeprefix("stage.") for word in self.words if word not in {*FIT, *ASK, *PPO, *RS, *COLLECT}]
+        keep = [
+            word.removeprefix("stage.")
+            for word in self.words
+            if word not in {*FIT, *ASK, *PPO, *RS, *COLLECT}
+        ]
         return " ".join([self.kind, self.size, f"{self.prompt}+{self.response}", *keep])
 
     def line(self, folder: Path) -> list[str]:
@@ -148,14 +152,16 @@ def _build(case: Case, folder: Path) -> None:
     save_model(LlamaForCausalLM(config), tokenizer, folder / "base")
     config.num_labels, config.problem_type = 1, "regression"
     save_model(LlamaForSequenceClassification(config), tokenizer, folder / "reward")
-    # Every second response and two of three prompts are half as long; user, assistant and EOS are tokens too.
-    lengths = [(case.prompt // (1 + (i % 3 > 0)), case.response // (1 + i % 2)) for i in range(96)]
+    # Every second row is half as long; user, assistant and EOS are tokens too.
+    lengths = [(case.prompt // (1 + i % 2), case.response // (1 + i % 2)) for i in range(96)]
     rows = [_row(case.kind, i, prompt - 2, response - 1) for i, (prompt, response) in enumerate(lengths)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def _row(kind: str, index: int, prompt: int, response: int) -> dict[str, str]:
-    asked, chosen, rejected = (_text(index + shift, size) for shift, size in ((0, prompt), (1, response), (2, response)))
+    asked, chosen, rejected = (
+        _text(index + shift, size) for shift, size in ((0, prompt), (1, response), (2, response))
+    )
     if kind in ("rm", "dpo"):
         return {"prompt": asked, "chosen": chosen, "rejected": rejected}
     return {"prompt": asked} if kind in ("ppo", "rs") else {"prompt": asked, "completion": chosen}
@@ -170,7 +176,7 @@ def _text(seed: int, length: int) -> str:
 def _run_stage(words: list[str]) -> None:
     """Run a stage in this process and print how many bytes it added at the highest."""
     # Everything that a stage imports on its way, torch's own late imports too.
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import alignpipe.worker  # noqa: F401
@@ -197,7 +203,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--stage"]:
         return _run_stage(argv[1:])
     wanted = [word for word in argv if word != "--glibc"]
-    print(f"{'estimate':>9} {'measured':>9} {'error':>7}  at        case")  # noqa: T201
+    print(f"{'estimate':>9} {'measured':>9} {'error':>7}  at        case")
     for case in CASES:
         if wanted and not any(word in case.name for word in wanted):
             continue
@@ -206,7 +212,7 @@ def main(argv: list[str]) -> None:
             told, moment = estimated(case, Path(folder))
             found = measured(case, Path(folder), glibc="--glibc" in argv)
         row = f"{told / 1e6:>6.1f} MB {found / 1e6:>6.1f} MB {told / found - 1:>+7.1%}"
-        print(f"{row}  {moment:<8}  {case.name}", flush=True)  # noqa: T201
+        print(f"{row}  {moment:<8}  {case.name}", flush=True)
     return None
 
 

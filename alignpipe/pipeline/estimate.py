@@ -19,7 +19,7 @@ from alignpipe.config import (
     PPOConfig,
     RMConfig,
     RSConfig,
-    SFTConfig,
+    SamplingConfig,
     StageConfig,
 )
 from alignpipe.data.tokenizer import Tokenizer
@@ -66,6 +66,10 @@ class Effort:
     tokens: float = 0.0
     flops: float = 0.0
     passes: float = 0.0
+
+    def times(self, count: float) -> "Effort":
+        """As much, so many times over."""
+        return Effort(self.tokens * count, self.flops * count, self.passes * count)
 
     def __add__(self, other: "Effort") -> "Effort":
         return Effort(self.tokens + other.tokens, self.flops + other.flops, self.passes + other.passes)
@@ -160,54 +164,66 @@ def _effort(
     config: Any, shape: Architecture, rows: Rows, steps: int | None, setting: Setting
 ) -> Effort | None:
     """Everything that a stage computes; None where the number of its rows is not known."""
-    mean = rows.mean
-    trained = TRAINED + setting.launch.gradient_checkpointing
+    if isinstance(config, PPOConfig):
+        return _ppo_effort(config, shape, rows.mean, setting)
+    if rows.used is None:
+        return None
+    if isinstance(config, CollectConfig):
+        return _sampled(config, shape, rows.used, config.num_samples, rows.mean, setting)
+    if isinstance(config, EvalConfig):
+        total = rows.mean + config.max_response_length
+        asked = _sampled(config, shape, rows.used, 1, rows.mean, setting)
+        # Scored by the reward model, and by policy and reference for their KL.
+        return (asked + _read(shape, rows.used * total, total, 3)).times(len(config.policies))
+    return None if steps is None else _learning_effort(config, shape, rows, rows.used, steps, setting)
 
-    def read(tokens: float, length: float, times: float, *, head: bool = True) -> Effort:
-        return Effort(
-            tokens if times >= TRAINED else 0.0, times * tokens * shape.forward_flops(length, head=head)
-        )
 
-    def sampled(prompts: float, samples: int) -> Effort:
-        responses = prompts * samples
-        total = mean + config.max_response_length
-        flops = (prompts * mean + responses * config.max_response_length) * shape.forward_flops(total)
-        batches = ceil(responses / (config.generation_batch_size * setting.processes))
-        return Effort(responses * config.max_response_length, flops, batches * config.max_response_length)
+def _learning_effort(
+    config: Any, shape: Architecture, rows: Rows, used: int, steps: int, setting: Setting
+) -> Effort:
+    """A stage that ends in training over fixed rows, with what it samples and scores before."""
+    mean, items, passes = rows.mean, steps * config.batch_size, _passes(setting)
+    if isinstance(config, RMConfig):
+        return _read(shape, items * rows.responses * mean, mean, passes, head=False)
+    if isinstance(config, DPOConfig):
+        # K responses make up to K (K - 1) / 2 pairs, and the reference reads each response once.
+        scored = used * 2 / max(1, rows.responses - 1)
+        return _read(shape, 2 * items * mean, mean, passes) + _read(shape, scored * mean, mean, 1)
+    if isinstance(config, RSConfig):
+        prompts, total = used * (1 - config.replay), mean + config.max_response_length
+        asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
+        scored = prompts * config.num_samples * total
+        return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)
+    return _read(shape, items * mean, mean, passes)
 
-    match config:
-        case PPOConfig():
-            total = mean + config.max_response_length
-            responses = config.rollout_size * config.num_samples
-            tokens = responses * total
-            updates = 2 * trained * config.ppo_epochs
-            one = sampled(config.rollout_size, config.num_samples) + read(tokens, total, 4 + updates)
-            return Effort(*(config.num_rollouts * value for value in vars(one).values()))
-        case _ if rows.used is None:
-            return None
-        case SFTConfig() if steps:
-            return read(steps * config.batch_size * mean, mean, trained)
-        case RMConfig() if steps:
-            return read(steps * config.batch_size * rows.responses * mean, mean, trained, head=False)
-        case DPOConfig() if steps:
-            scored = rows.used * 2 / max(1, rows.responses - 1)
-            return read(2 * steps * config.batch_size * mean, mean, trained) + read(scored * mean, mean, 1)
-        case RSConfig() if steps:
-            prompts = rows.used * (1 - config.replay)
-            total = mean + config.max_response_length
-            learnt = read(steps * config.batch_size * total, total, trained)
-            return (
-                sampled(prompts, config.num_samples)
-                + read(prompts * config.num_samples * total, total, 1, head=False)
-                + learnt
-            )
-        case CollectConfig():
-            return sampled(rows.used, config.num_samples)
-        case EvalConfig():
-            total = mean + config.max_response_length
-            one = sampled(rows.used, 1) + read(rows.used * total, total, 3)
-            return Effort(*(len(config.policies) * value for value in vars(one).values()))
-    return None
+
+def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:
+    """Each response is sampled, read once by four models, and learnt by two in every epoch."""
+    total = mean + config.max_response_length
+    tokens = config.rollout_size * config.num_samples * total
+    asked = _sampled(config, shape, config.rollout_size, config.num_samples, mean, setting)
+    read = _read(shape, tokens, total, 4 + 2 * config.ppo_epochs * _passes(setting))
+    return (asked + read).times(config.num_rollouts)
+
+
+def _passes(setting: Setting) -> int:
+    """Forward passes that training on a token costs: its backward pass is worth two, checkpointing repeats one."""
+    return TRAINED + setting.launch.gradient_checkpointing
+
+
+def _read(shape: Architecture, tokens: float, length: float, passes: float, *, head: bool = True) -> Effort:
+    learnt = tokens if passes >= TRAINED else 0.0
+    return Effort(learnt, passes * tokens * shape.forward_flops(length, head=head))
+
+
+def _sampled(
+    config: SamplingConfig, shape: Architecture, prompts: float, samples: int, mean: float, setting: Setting
+) -> Effort:
+    """Responses of the greatest length to prompts of a mean length."""
+    tokens = prompts * samples * config.max_response_length
+    flops = (prompts * mean + tokens) * shape.forward_flops(mean + config.max_response_length)
+    batches = ceil(prompts * samples / (config.generation_batch_size * setting.processes))
+    return Effort(tokens, flops, batches * config.max_response_length)
 
 
 def _seconds(effort: Effort, shape: Architecture, setting: Setting, machine: Machine) -> float | None:

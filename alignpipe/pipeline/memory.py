@@ -1,15 +1,15 @@
-"""How much memory a stage needs on one process, part by part, told without torch.
+"""How much memory one process of a stage needs, part by part, told without torch.
 
-what a stage holds, one forward or step of it, launch -> its moments, `moments.py` puts them together stage by stage
+models, a forward or an optimizer step, launch -> the moments of it; `moments.py` puts them together stage by stage
 
-What is counted is what the stages hold. Weights, gradients and the two moments of AdamW are 4 bytes a number each
-(arXiv:1910.02054, section 3, without its 16-bit copies) and are cut over processes as that paper's stages 1 to 3 cut
-them. Activations are what autograd keeps (arXiv:2205.05198, section 4, for another block); `Architecture.kept` has the numbers a token, checked against a forward pass in the tests. Logits are (positions
-learnt x vocabulary), and once more as their gradient, since `losses/logprobs.py` works through blocks.
+What is counted is what the stages hold. Weights, gradients and the two moments of AdamW are 4 bytes a number each and
+are cut over processes as the stages 1 to 3 of arXiv:1910.02054 (section 5) cut them. Activations are what autograd
+keeps, counted for our blocks as arXiv:2205.05198 (section 4.1) counts them for another; the tests hold the count
+against a forward pass. Logits are (positions learnt x vocabulary), and once more as their gradient, since
+`losses/logprobs.py` works through the rest in blocks.
 
-Two figures are measured, not derived: `RUNTIME` (what stays after a stage on a CPU: workspaces, rows, tokenizer; 20 MB
-over the cases of `benchmarks/memory.py`), and `TRANSIENT`. The estimate is of live bytes: glibc hands freed blocks
-below 32 MB back late, which a run without MALLOC_MMAP_THRESHOLD_ pays for with some more.
+One figure is measured, not derived: `RUNTIME`, what a stage on a CPU leaves behind beside its tensors. The estimate is
+of bytes in use: what the allocator keeps of freed ones comes on top (see `benchmarks/memory.py`).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -185,6 +185,7 @@ def micro_rows(config: OptimizerConfig, setting: Setting) -> int:
 
 
 def training_batch(config: Any, work: Work, setting: Setting) -> Batch:
+    """One forward over training rows of the longest kind."""
     length = min(work.longest, config.max_length)
     return Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
 
@@ -225,9 +226,9 @@ def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
         return width * (2 * shape.layer + outside + (shape.layer if backward and not setting.adapted else 0))
     found = 0.0
     if width < WIDE and not setting.launch.strategy.startswith("zero"):
-        # Autocast keeps a 16-bit copy of every trained matrix until the pass is over.
+        # Autocast keeps a 16-bit copy of every matrix that is trained, or that a gradient passes through.
         matrices = shape.num_layers * shape.matrices + shape.embedding * (not role.scalar)
-        found += width * (learnt if setting.adapted else matrices)
+        found += width * (learnt if setting.adapted and not backward else matrices)
     if backward and setting.launch.strategy == "ddp" and setting.processes > 1:
         found += WIDE * learnt
     if backward and setting.launch.strategy == "zero2":
@@ -299,10 +300,14 @@ def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> f
         # A frozen norm needs no gradient and keeps no scaled input; an adapter keeps what its first matrix made.
         numbers -= 2 * shape.hidden_size * WIDE
         numbers += setting.adapter.rank * len(shape.linears) * setting.width
+    if setting.width < WIDE and not setting.cut:
+        # Autocast casts a matrix's input each time it is read, and keeps every one of these.
+        numbers += shape.read_again * setting.width
     if setting.eager:
         # Attention weights in float32, once more in 16 bits; keys and values repeated for every query head.
-        per_head = batch.length * (WIDE + (setting.width if setting.width < WIDE else 0))
-        numbers += shape.num_heads * (per_head + 2 * shape.head_dim * setting.width)
+        weights = batch.length * (WIDE + (setting.width if setting.width < WIDE else 0))
+        repeated = 2 * (shape.num_heads - shape.num_kv_heads) * shape.head_dim * setting.width
+        numbers += shape.num_heads * (weights - WIDE) + repeated
     return batch.tokens * numbers
 
 

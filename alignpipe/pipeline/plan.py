@@ -145,7 +145,8 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
     free = shutil.disk_usage(_existing(store.root)).free
     if needed > free and not bare:
         raise MachineError(
-            f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free; choose another output_dir"
+            f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free; "
+            f"choose another output_dir"
         )
     if needed > free:
         warnings.append(
@@ -175,8 +176,8 @@ def _misfit(node: Node, row: PlanRow, config: Config, setting: Setting, machine:
         else f"the smallest change that would: {' '.join(advice.words)} ({format_bytes(advice.memory.total)})"
     )
     return [
-        f"{node.name}: does not fit, {format_bytes(found.memory.total)} of the {format_bytes(machine.memory)} that a process "
-        f"has on {machine.name}; {mend}"
+        f"{node.name}: does not fit, {format_bytes(found.memory.total)} of the {format_bytes(machine.memory)} "
+        f"that a process has on {machine.name}; {mend}"
     ]
 
 

@@ -13,7 +13,7 @@ from alignpipe.pipeline.memory import PARTS
 from alignpipe.pipeline.plan import Plan, format_bytes
 
 # Column titles that keep a plan within 100 columns.
-SHORT = {"gradients": "grads", "optimizer": "AdamW", "activations": "activ."}
+SHORT = {"gradients": "grads", "optimizer": "AdamW", "activations": "acts"}
 LEFT = ("stage", "state", "batch = micro x accum", "key", "at")
 
 
