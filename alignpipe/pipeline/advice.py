@@ -44,7 +44,8 @@ def smallest_change(
 ) -> Advice | None:
     """Try changes in the order of what they cost a user: time, then results, then machines.
 
-    Fewest changes first. Adapters come after all that leaves the result as it is, more processes after adapters.
+    Fewest changes first. Adapters come after all that leaves the result as it is, more processes after adapters, as
+    few more as the other changes allow.
 
     Args:
         needs: memory of the stage under a configuration and a setting.
@@ -74,10 +75,10 @@ def _candidates(config: StageConfig, setting: Setting, prefix: str) -> Iterator[
         yield (lora,)
         yield from ((*changes, lora) for changes in _sets(same))
     if setting.gpu:
-        more = _more_processes(setting)
-        yield from ((change,) for change in more)
         others = [change for change in same if change.key != "launch.strategy"]
-        yield from ((*changes, change) for changes in _sets(others) for change in more)
+        for more in _more_processes(setting):
+            yield (more,)
+            yield from ((*changes, more) for changes in _sets(others))
 
 
 def _sets(changes: list[Change]) -> Iterator[tuple[Change, ...]]:

@@ -102,7 +102,7 @@ def shapes(node: Node, graph: Graph, config: Config) -> tuple[dict[str, Architec
     notes: list[str] = []
     for role, ref in node.models.items():
         shape, note = _shape(ref, graph, config)
-        notes += [f"{ref.name}: {note}"] if note else []
+        notes += [note] if note else []
         if shape is not None:
             name = "policy" if role.startswith("policy_") else role
             found[name] = max(shape, found.get(name, shape), key=lambda item: item.parameters)
@@ -114,7 +114,8 @@ def _shape(ref: ModelRef, graph: Graph, config: Config) -> tuple[Architecture | 
         ref = graph.nodes[ref.stage].models["policy"]
     if ref.path == TINY:
         return tiny_architecture(config.model.architecture, Tokenizer.toy().vocab_size), ""
-    return read_architecture(Path(model_folder(ref.path, ref.revision)))
+    found, note = read_architecture(Path(model_folder(ref.path, ref.revision)))
+    return found, f"{ref.name}: {note}" if note else ""
 
 
 def estimate(

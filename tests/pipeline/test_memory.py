@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from alignpipe.compose.composition import compose
 from alignpipe.config import ACCELERATORS, Config
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import CheckpointError
 from alignpipe.models.saving import save_model
 from alignpipe.pipeline.accelerators import TABLE, find_machine
 from alignpipe.pipeline.advice import smallest_change
@@ -248,6 +249,12 @@ def test_folder_with_a_configuration_alone_is_planned(project: Project, tmp_path
         assert row.estimate is not None and row.estimate.parameters == 68_976_648_192
         assert row.rows is None and row.estimate.tokens is None
     assert any("no tokenizer.json in it, so rows and tokens are unknown" in line for line in plan.warnings)
+
+
+def test_run_refuses_the_folder_that_can_be_planned(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors weights in it") as refused:
+        project.run(f"model='{_bare(tmp_path / 'llama')}'")
+    assert refused.value.exit_code == 4
 
 
 def test_plan_with_a_tokenizer_tells_tokens_and_time(
