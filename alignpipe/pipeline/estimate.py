@@ -88,12 +88,8 @@ def make_setting(config: Config, machine: Machine) -> Setting:
 def decided(launch: LaunchConfig) -> LaunchConfig:
     """`auto` made out: one process, or ddp over several. What is not given counts as one process."""
     processes = launch.num_processes or 1
-    strategy = launch.strategy if processes > 1 else "single"
-    return replace(
-        launch,
-        num_processes=processes,
-        strategy="ddp" if strategy in ("auto", "single") and processes > 1 else strategy,
-    )
+    several = "ddp" if launch.strategy == "auto" else launch.strategy
+    return replace(launch, num_processes=processes, strategy="single" if processes == 1 else several)
 
 
 def shapes(node: Node, graph: Graph, config: Config) -> tuple[dict[str, Architecture], list[str]]:
