@@ -109,9 +109,10 @@ def run(context: typer.Context) -> None:
 def plan(context: typer.Context) -> None:
     """Say what `run` with the same words would do, and do nothing."""
     from alignpipe.compose.composition import compose
-    from alignpipe.pipeline.plan import make_plan, print_plan
+    from alignpipe.pipeline.plan import make_plan
+    from alignpipe.pipeline.plan_table import print_plan
 
-    print_plan(make_plan(compose(list(context.args)).config), _console())
+    print_plan(make_plan(compose(list(context.args)).config, bare=True), _console())
 
 
 @app.command()

@@ -33,6 +33,8 @@ FORMATS = (
     "text",
 )
 SHARES = ("sft", "preference", "rl", "eval")
+# Their figures stand in pipeline/accelerators.py.
+ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
 
 def number(
@@ -213,6 +215,7 @@ class LaunchConfig:
     gradient_checkpointing: bool = plain(in_key=False)
     activation_offload: bool = plain(in_key=False)
     optimizer_offload: bool = plain(in_key=False)
+    accelerator: str | None = choice(*ACCELERATORS, in_key=False)
 
 
 @dataclass

@@ -10,7 +10,15 @@ from itertools import combinations
 from typing import Any
 
 from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
-from alignpipe.data.encoding import encode_demonstrations, encode_prompts, encode_rankings, encode_texts
+from alignpipe.data.encoding import (
+    Encoded,
+    Example,
+    RankedExample,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_texts,
+)
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records, readable_types
@@ -31,10 +39,18 @@ class Rows:
     Attributes:
         used: rows it trains on or samples from, pairs for dpo; None where an earlier stage decides.
         warnings: one sentence each.
+        longest: tokens of the longest row looked at, of the longest prompt where the stage samples; None if unread.
+        shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
+        mean: tokens of a row, of one response's in rankings.
+        responses: of a prompt, at most; 0 where they are not ranked.
     """
 
     used: int | None = None
     warnings: list[str] = field(default_factory=list)
+    longest: int | None = None
+    shortest_prompt: int = 0
+    mean: float = 0.0
+    responses: int = 0
 
 
 def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
@@ -63,7 +79,9 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
         )
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
-    left, total, limit = _encoded(node, sample, tokenizer)
+    examples, left, limit = _encoded(node, sample, tokenizer)
+    total = len(sample)
+    _measure(rows, examples)
     share_over = 1 - left / total if total else 0.0
     if share_over > 0:
         rows.warnings.append(
@@ -92,8 +110,8 @@ def _salt(ref: DataRef) -> str:
     return "collect" if ref.source is not None and ref.source.kind == "collect" else ""
 
 
-def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[int, int, str]:
-    """Rows that fit, rows looked at, and the limit in words.
+def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[Sequence[Any], int, str]:
+    """What the records become, how many of them fit, and the limit in words.
 
     Raises:
         DataError: none fits, or rows over length are an error by configuration.
@@ -102,20 +120,36 @@ def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[
     policy = config.data.on_overflow
     want = _wanted(node, node.data["data"].source) if node.data["data"].source else "rankings"
     if want == "text":
-        encode_texts(records, tokenizer, config.max_length)
-        return len(records), len(records), f"max_length={config.max_length}"
+        examples = encode_texts(records, tokenizer, config.max_length).examples
+        return examples, len(records), f"max_length={config.max_length}"
     if want == "demonstrations":
-        done = encode_demonstrations(
+        done: Encoded[Any] = encode_demonstrations(
             records, tokenizer, config.max_length, policy, config.loss_on
-        ).num_overflow
+        )
         limit = f"max_length={config.max_length}"
     elif want == "rankings":
-        done = encode_rankings(records, tokenizer, config.max_length, policy).num_overflow
+        done = encode_rankings(records, tokenizer, config.max_length, policy)
         limit = f"max_length={config.max_length}"
     else:
-        done = encode_prompts(records, tokenizer, config.max_prompt_length, policy).num_overflow
+        done = encode_prompts(records, tokenizer, config.max_prompt_length, policy)
         limit = f"max_prompt_length={config.max_prompt_length}"
-    return len(records) - done, len(records), limit
+    return done.examples, len(records) - done.num_overflow, limit
+
+
+def _measure(rows: Rows, examples: Sequence[Any]) -> None:
+    """Write down how long the examples are: rows, the responses of rankings, or prompts."""
+    groups = [example.examples if isinstance(example, RankedExample) else [example] for example in examples]
+    flat = [item for group in groups for item in group]
+    lengths = [item.num_tokens if isinstance(item, Example) else len(item) for item in flat]
+    begins = [
+        item.mask.index(True) if isinstance(item, Example) and True in item.mask else 0 for item in flat
+    ]
+    if flat and not isinstance(flat[0], Example):
+        begins = lengths
+    rows.longest, rows.mean = max(lengths, default=None), sum(lengths) / max(1, len(lengths))
+    rows.shortest_prompt = min(begins, default=0)
+    if examples and isinstance(examples[0], RankedExample):
+        rows.responses = max(len(group) for group in groups)
 
 
 def _fate(ref: DataRef) -> str:
@@ -134,13 +168,20 @@ def _units(want: RecordType, records: Sequence[Record], node: Node) -> int:
 def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
     """Rankings that an earlier stage will make: a prompt each, those held out taken off, ties not yet known."""
     stage = graph.nodes[str(node.data["data"].stage)]
-    prompts = count_rows(stage, graph, config, chat_template).used
-    if prompts is None:
+    asked = count_rows(stage, graph, config, chat_template)
+    if asked.used is None or asked.longest is None or not isinstance(stage.config, CollectConfig):
         return Rows()
-    kept = math.floor(prompts * (1 - node.config.data.shares.eval))
-    if isinstance(node.config, DPOConfig) and isinstance(stage.config, CollectConfig):
+    kept = math.floor(asked.used * (1 - node.config.data.shares.eval))
+    if isinstance(node.config, DPOConfig):
         kept *= math.comb(stage.config.num_samples, 2)
-    return Rows(kept)
+    more = stage.config.max_response_length
+    return Rows(
+        kept,
+        longest=asked.longest + more,
+        shortest_prompt=asked.shortest_prompt,
+        mean=asked.mean + more,
+        responses=stage.config.num_samples,
+    )
 
 
 def _capped(node: Node, rows: int) -> int:

@@ -154,22 +154,28 @@ def stages_of(config: Config) -> tuple[dict[str, StageConfig], list[str]]:
     return dict(config.stages), order
 
 
-def build_graph(config: Config, store: Store) -> Graph:
+def build_graph(config: Config, store: Store, *, bare: bool = False) -> Graph:
     """Resolve every name of a configuration.
+
+    Args:
+        config: of the run.
+        store: where finished stages lie.
+        bare: model folders may hold no weights, which is enough to plan.
 
     Raises:
         ConfigError: a name means nothing, comes later in the order, or is of the wrong kind.
         CheckpointError: a folder holds no model, or one of the wrong kind.
         DataError: a data set is missing or holds no rows of the type that the stage reads.
     """
-    return _Resolver(config, store).graph()
+    return _Resolver(config, store, bare).graph()
 
 
 class _Resolver:
     """Resolves the names of one configuration."""
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, bare: bool) -> None:
         self.config = config
+        self.bare = bare
         self.store = store
         self.stages, self.order = stages_of(config)
         self.alone = config.stage is not None
@@ -215,7 +221,7 @@ class _Resolver:
             kind, stage_key = found
             ref = ModelRef(label, str(self.store.stage(kind, stage_key)), kind=kind, key=stage_key)
         elif (Path(label).is_dir()) or label.startswith((".", "/", "~")):
-            ref = folder_reference(label)
+            ref = folder_reference(label, bare=self.bare)
         elif is_hub_id(label):
             ref = ModelRef(label, label, resolve_revision(label, None))
         else:
@@ -230,7 +236,7 @@ class _Resolver:
         if path == TINY:
             return ModelRef(BASE, TINY)
         if Path(path).is_dir() or not is_hub_id(path):
-            ref = folder_reference(path)
+            ref = folder_reference(path, bare=self.bare)
             return ModelRef(BASE, ref.path, kind=ref.kind, key=ref.key)
         return ModelRef(BASE, path, resolve_revision(path, self.config.model.revision))
 

@@ -1,4 +1,4 @@
-"""What a run would do, told without torch: stages, reuse or run and why, rows, steps, batch, disk, warnings.
+"""What a run would do, told without torch: stages, reuse or run and why, rows, steps, batch, disk, memory, warnings.
 
 Config -> graph, keys, rows and lengths -> Plan; everything that can be wrong is found here, before step one
 """
@@ -7,10 +7,6 @@ import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from alignpipe.artifact import Manifest
 from alignpipe.config import (
@@ -26,11 +22,16 @@ from alignpipe.config import (
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
 from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.pipeline.accelerators import Machine, find_machine
+from alignpipe.pipeline.advice import smallest_change
+from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows
+from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
 from alignpipe.pipeline.graph import Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.lengths import fit_lengths
+from alignpipe.pipeline.memory import Setting
 from alignpipe.pipeline.store import Store
 
 BYTES_PER_WEIGHT = 4
@@ -53,6 +54,7 @@ class PlanRow:
         disk: bytes that stay.
         state: reuse, resume or run.
         why: of the state.
+        estimate: memory, tokens and time; None for a stage that is reused or of unknown shape.
     """
 
     name: str
@@ -65,6 +67,7 @@ class PlanRow:
     disk: int
     state: str
     why: str
+    estimate: Estimate | None = None
 
 
 @dataclass
@@ -79,6 +82,9 @@ class Plan:
         disk_free: bytes.
         graph: with keys.
         chat_template: Jinja source for a model that has none.
+        machine: that a process has to itself.
+        setting: that memory is estimated under.
+        reused: finished artifacts, by stage.
     """
 
     run: str
@@ -88,38 +94,91 @@ class Plan:
     disk_free: int
     graph: Graph
     chat_template: str
+    machine: Machine
+    setting: Setting
     reused: dict[str, Manifest] = field(default_factory=dict)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, bare: bool = False) -> Plan:
     """Plan a run and check everything that can be checked before it.
+
+    Args:
+        config: of the run.
+        bare: model folders may hold a `config.json` and no more; what that leaves open is said.
 
     Raises:
         AlignpipeError: of the class that fits what is wrong.
     """
     _check_trackers(config)
     store = Store(Path(config.output_dir).absolute())
-    graph = build_graph(config, store)
+    graph = build_graph(config, store, bare=bare)
     config, warnings = fit_lengths(config)
     if warnings:
-        graph = build_graph(config, store)
+        graph = build_graph(config, store, bare=bare)
     chat_template = fallback_template(config, graph)
     add_keys(graph, config, store, chat_template)
     reused = reusable(graph, store)
-    rows = []
-    weights = weight_bytes(config)
-    for node in graph.order:
-        counted = count_rows(node, graph, config, chat_template) if node.name not in reused else Rows()
-        warnings += counted.warnings + _warnings(node, graph)
-        rows.append(_row(node, counted, reused, store, weights))
-    needed = sum(row.disk for row in rows if row.state != "reuse")
-    needed += STATE_COPIES * weights * any(row.steps and row.state != "reuse" for row in rows)
-    free = shutil.disk_usage(_existing(store.root)).free
-    if needed > free:
-        raise MachineError(
-            f"{store.root.resolve()}: needs about {_bytes(needed)}, has {_bytes(free)} free; choose another output_dir"
+    machine = find_machine(config.launch)
+    setting = make_setting(config, machine)
+    readable = not bare or has_tokenizer(config)
+    if not readable:
+        warnings.append(
+            f"{config.model.path}: no tokenizer.json in it, so rows and tokens are unknown; "
+            f"memory is for the longest rows that the configuration allows"
         )
-    return Plan(run_name(config, graph), rows, warnings, needed, free, graph, chat_template, reused)
+    rows = []
+    for node in graph.order:
+        counted = (
+            count_rows(node, graph, config, chat_template) if readable and node.name not in reused else Rows()
+        )
+        warnings += counted.warnings + _warnings(node, graph)
+        models, notes = shapes(node, graph, config)
+        warnings += [note for note in notes if note not in warnings]
+        row = _row(node, counted, reused, store, models)
+        if node.name not in reused:
+            row.estimate = estimate(node, models, counted, row.steps, setting, machine)
+        warnings += _misfit(node, row, config, setting, machine)
+        rows.append(row)
+    trained = [row for row in rows if row.steps is not None and row.state != "reuse"]
+    needed = sum(row.disk for row in rows if row.state != "reuse")
+    needed += STATE_COPIES * max((row.disk for row in trained), default=0)
+    free = shutil.disk_usage(_existing(store.root)).free
+    if needed > free and not bare:
+        raise MachineError(
+            f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free; "
+            f"choose another output_dir"
+        )
+    if needed > free:
+        warnings.append(
+            f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free"
+        )
+    name = run_name(config, graph)
+    return Plan(name, rows, warnings, needed, free, graph, chat_template, machine, setting, reused)
+
+
+def has_tokenizer(config: Config) -> bool:
+    """Whether rows can be turned into tokens here."""
+    if config.model.path == TINY:
+        return True
+    return (model_folder(config.model.path, config.model.revision) / "tokenizer.json").is_file()
+
+
+def _misfit(node: Node, row: PlanRow, config: Config, setting: Setting, machine: Machine) -> list[str]:
+    """A sentence about a stage that does not fit, with the smallest change after which it would."""
+    found = row.estimate
+    if found is None or found.memory.total <= machine.memory:
+        return []
+    prefix = "stage." if config.stage is not None else f"stages.{node.name}."
+    advice = smallest_change(found.needs, node.config, setting, prefix, machine.memory)
+    mend = (
+        "no change that the plan knows makes it fit"
+        if advice is None
+        else f"the smallest change that would: {' '.join(advice.words)} ({format_bytes(advice.memory.total)})"
+    )
+    return [
+        f"{node.name}: does not fit, {format_bytes(found.memory.total)} of the {format_bytes(machine.memory)} "
+        f"that a process has on {machine.name}; {mend}"
+    ]
 
 
 def _check_trackers(config: Config) -> None:
@@ -171,17 +230,17 @@ def fallback_template(config: Config, graph: Graph) -> str:
     return find_template(name)
 
 
-def weight_bytes(config: Config) -> int:
-    """Size of the base model's weights as float32, estimated without opening them."""
-    if config.model.path == TINY:
-        shape = config.model.architecture
-        block = 4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.intermediate_size
-        return BYTES_PER_WEIGHT * (shape.num_layers * block + 1024 * shape.hidden_size)
-    folder = model_folder(config.model.path, config.model.revision)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def checkpointformat_bytes(node: Node, models: dict[str, Architecture]) -> int:
+    """Size of the weights that a stage leaves behind, as float32; 0 where the shape is not known."""
+    if not trains(node) or "policy" not in models:
+        return 0
+    shape = models["policy"]
+    return BYTES_PER_WEIGHT * (shape.scalar_parameters if node.kind == "rm" else shape.parameters)
 
 
-def _row(node: Node, counted: Rows, reused: dict[str, Manifest], store: Store, weights: int) -> PlanRow:
+def _row(
+    node: Node, counted: Rows, reused: dict[str, Manifest], store: Store, models: dict[str, Architecture]
+) -> PlanRow:
     manifest = reused.get(node.name)
     if manifest is not None:
         state, why = "reuse", "finished with the same inputs"
@@ -189,7 +248,11 @@ def _row(node: Node, counted: Rows, reused: dict[str, Manifest], store: Store, w
         state, why = "resume", f"stopped at {states[-1]}"
     else:
         state, why = "run", why_not_reused(node, store)
-    disk = sum(entry.size for entry in manifest.files.values()) if manifest else weights * trains(node)
+    disk = (
+        sum(entry.size for entry in manifest.files.values())
+        if manifest
+        else checkpointformat_bytes(node, models)
+    )
     reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith("policy_")]
     policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
     reads += [f"policies={','.join(policies)}"] if policies else []
@@ -230,28 +293,8 @@ def _warnings(node: Node, graph: Graph) -> list[str]:
     return []
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Show a plan as a table, with what feeds each stage and its warnings below."""
-    needs = f"needs {_bytes(plan.disk_needed)}, {_bytes(plan.disk_free)} free"
-    console.print(Text(f"run {plan.run}   {needs}"), soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for title in ("stage", "state", "rows", "steps", "batch = micro x accum", "disk", "key"):
-        table.add_column(
-            title, justify="right" if title in ("rows", "steps", "disk") else "left", no_wrap=True
-        )
-    for row in plan.rows:
-        rows = "" if row.rows is None else f"{row.rows:,}"
-        steps = "" if row.steps is None else f"{row.steps:,}"
-        cells = (row.name, row.state, rows, steps, row.batch, _bytes(row.disk), row.key[:8])
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
-    for row in plan.rows:
-        console.print(Text(f"{row.name}: {row.reads}  ({row.why})"), soft_wrap=True)
-    for warning in plan.warnings:
-        console.print(Text(f"warning: {warning}"), soft_wrap=True)
-
-
-def _bytes(number: float) -> str:
+def format_bytes(number: float) -> str:
+    """Such as 12 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}"

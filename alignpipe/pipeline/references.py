@@ -86,8 +86,12 @@ def newest_stages(store: Store) -> list[str]:
     return [stage["name"] for stage in run_stages(runs[0])] if runs else []
 
 
-def folder_reference(label: str) -> ModelRef:
+def folder_reference(label: str, *, bare: bool = False) -> ModelRef:
     """The weights in a local folder, made by alignpipe or not.
+
+    Args:
+        label: the folder.
+        bare: it may hold no weights at all, which is enough to plan.
 
     Raises:
         CheckpointError: there is no such folder, or it holds no whole model.
@@ -106,7 +110,8 @@ def folder_reference(label: str) -> ModelRef:
         return ModelRef(label, str(folder.resolve()), kind=manifest.kind, key=manifest.key)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder.resolve()}: no config.json in it, so it is no model folder")
-    check_weights(folder)
+    if not bare or any(folder.glob("*.safetensors*")):
+        check_weights(folder)
     return ModelRef(label, str(folder.resolve()))
 
 

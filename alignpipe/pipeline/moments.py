@@ -1,0 +1,161 @@
+"""The moments of each stage at which its memory can be at its highest: what it holds then, and what it computes.
+
+config of a stage, shapes of its models, lengths of its rows, launch -> moments -> the peak
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+from alignpipe.config import CollectConfig, DPOConfig, EvalConfig, PPOConfig, RMConfig, RSConfig, SFTConfig
+from alignpipe.pipeline.architecture import Architecture
+from alignpipe.pipeline.memory import (
+    WIDE,
+    Batch,
+    Memory,
+    Role,
+    Setting,
+    Work,
+    check_moment,
+    held_memory,
+    micro_rows,
+    sampling_moments,
+    scoring_moment,
+    training_batch,
+    training_moments,
+)
+
+
+def stage_moments(config: Any, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """The moments of a stage at which its memory can be at its highest.
+
+    Args:
+        config: of the stage.
+        models: shapes by role (`policy`, `reference`, `reward_model`); those of eval are `policy` too.
+        work: its rows.
+        setting: launch and adapter.
+    """
+    return MOMENTS[config.kind](config, models, work, setting)
+
+
+def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    policy = Role(models["policy"])
+    held = held_memory(setting, trained=[policy])
+    batch = training_batch(config, work, setting)
+    alone = replace(held, optimizer=0.0)
+    return [
+        *training_moments(held, policy, batch, config, setting),
+        *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
+        check_moment(alone, policy, setting),
+    ]
+
+
+def _rm(config: RMConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    model = Role(models["policy"], scalar=True)
+    held = held_memory(setting, trained=[model])
+    batch = Batch(micro_rows(config, setting) * work.responses, min(work.longest, config.max_length))
+    return [
+        *training_moments(held, model, batch, config, setting),
+        check_moment(replace(held, optimizer=0.0), model, setting),
+    ]
+
+
+def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """The reference is gone before the policy is opened: its log-probs are computed once and kept."""
+    policy, reference = Role(models["policy"]), Role(models["reference"])
+    one = training_batch(config, work, setting)
+    both = replace(one, rows=2 * one.rows)
+    held = held_memory(setting, trained=[policy])
+    alone = replace(held, optimizer=0.0)
+    return [
+        scoring_moment(held_memory(setting, frozen=[reference]), reference, one, setting),
+        *training_moments(held, policy, both, config, setting),
+        *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
+        check_moment(alone, policy, setting),
+    ]
+
+
+def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """The reward model stays in memory while its choices are learnt."""
+    policy, reward = Role(models["policy"]), Role(models["reward_model"], scalar=True)
+    before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
+    held = held_memory(setting, trained=[policy], frozen=[reward])
+    length = min(work.longest, config.max_prompt_length) + config.max_response_length
+    batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    return [
+        *sampling_moments(
+            before, policy, config, work.longest, config.num_prompts, config.num_samples, setting
+        ),
+        scoring_moment(replace(held, optimizer=0.0), reward, Batch(config.micro_batch_size, length), setting),
+        *training_moments(held, policy, batch, config, setting),
+        check_moment(replace(held, optimizer=0.0), policy, setting),
+    ]
+
+
+def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """Four models and two optimizers at once; one of the two has its gradients at a time."""
+    policy, value = Role(models["policy"]), Role(models["reward_model"], scalar=True)
+    reference, reward = Role(models["reference"]), Role(models["reward_model"], scalar=True)
+    held = held_memory(setting, trained=[policy, value], frozen=[reference, reward])
+    prompt = min(work.longest, config.max_prompt_length)
+    length = prompt + config.max_response_length
+    responses = ceil(config.rollout_size * config.num_samples / setting.processes)
+    # ids, mask; log-probs, values, advantages, returns, and rewards and both log-probs while they are made.
+    held = held.plus("", other=responses * length * (8 + 1 + 7 * WIDE))
+    batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    scalar = replace(batch, columns=0)
+    return [
+        *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
+        scoring_moment(held, policy, batch, setting),
+        scoring_moment(held, value, scalar, setting),
+        *training_moments(held, policy, batch, config, setting),
+        *training_moments(held, value, scalar, config, setting),
+        check_moment(held, policy, setting),
+    ]
+
+
+def _collect(
+    config: CollectConfig, models: dict[str, Architecture], work: Work, setting: Setting
+) -> list[Memory]:
+    policy = Role(models["policy"])
+    held = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
+    return sampling_moments(
+        held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
+    )
+
+
+def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """The last policy stays while the next is opened, and through the KL, where policy and reference join it."""
+    policy = Role(models["policy"])
+    frozen = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    several = len(config.policies) > 1
+    held = replace(held_memory(setting, trained=[policy], frozen=frozen), optimizer=0.0)
+    length = min(work.longest, config.max_prompt_length) + config.max_response_length
+    batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
+    moments = sampling_moments(held, policy, config, work.longest, config.num_prompts, 1, setting)
+    if frozen:
+        moments.append(scoring_moment(held, frozen[0], replace(batch, columns=0), setting))
+    if "reference" in models:
+        compared = [*frozen, Role(models["reference"]), policy]
+        moments.append(
+            scoring_moment(
+                replace(held_memory(setting, trained=[policy], frozen=compared), optimizer=0.0),
+                policy,
+                batch,
+                setting,
+            )
+        )
+    extra = (3 if "reference" in models else 1) * several
+    return [*moments, held.plus("open", weights=extra * held.weights)]
+
+
+MOMENTS: dict[str, Callable[..., list[Memory]]] = {
+    "sft": _sft,
+    "rm": _rm,
+    "dpo": _dpo,
+    "rs": _rs,
+    "ppo": _ppo,
+    "collect": _collect,
+    "eval": _eval,
+}

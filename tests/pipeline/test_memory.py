@@ -1,0 +1,321 @@
+"""Memory is what the stages hold: cut as the strategy cuts it, at the peak that a real process reaches."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from alignpipe.compose.composition import compose
+from alignpipe.config import ACCELERATORS, Config
+from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import CheckpointError
+from alignpipe.models.saving import save_model
+from alignpipe.pipeline.accelerators import TABLE, find_machine
+from alignpipe.pipeline.advice import smallest_change
+from alignpipe.pipeline.architecture import Architecture, parse_architecture, read_architecture
+from alignpipe.pipeline.estimate import decided
+from alignpipe.pipeline.memory import PARTS, Batch, Memory, Role, Setting, Work, peak, training_moments
+from alignpipe.pipeline.moments import stage_moments
+from alignpipe.pipeline.plan import make_plan
+from benchmarks.memory import CASES, Case, build, estimated, measured
+from tests.project import Project
+
+SHAPES = Path(__file__).parents[2] / "docs" / "shapes"
+TOLERANCE = 0.15
+
+
+@pytest.fixture(scope="module")
+def shape() -> Architecture:
+    found, _ = read_architecture(SHAPES / "llama-2-7b")
+    assert found is not None
+    return found
+
+
+@cache
+def _composed(kind: str) -> Config:
+    needs = ["stage.reward_model=x"] if kind in ("rs", "ppo", "eval") else []
+    needs += ["stage.reference=base"] if kind == "eval" else []
+    return compose([f"stage={kind}", f"model={SHAPES}/llama-2-7b", *needs]).config
+
+
+def _stage(kind: str, *, adapter: str = "none", eager: bool = False, **launch: Any) -> tuple[Any, Setting]:
+    """A stage of a 7B as its files have it, under another launch, on a GPU."""
+    config = _composed(kind)
+    under = decided(replace(config.launch, **launch))
+    return config.stage, Setting(under, replace(config.adapter, kind=adapter), gpu=True, eager=eager)
+
+
+def _roles(shape: Architecture) -> dict[str, Architecture]:
+    return dict.fromkeys(("policy", "reference", "reward_model"), shape)
+
+
+def _peak(kind: str, shape: Architecture, **changes: Any) -> Memory:
+    config, setting = _stage(kind, **changes)
+    return peak(stage_moments(config, _roles(shape), Work(1024), setting))
+
+
+def test_weights_gradients_and_moments_are_sixteen_bytes_a_number(shape: Architecture) -> None:
+    config, setting = _stage("sft")
+    step = stage_moments(config, {"policy": shape}, Work(1024), setting)[3]
+    assert step.moment == "step"
+    assert step.weights + step.gradients + step.optimizer == 16 * shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimizer"),
+    [("ddp", 1, 1, 1), ("zero2", 1, 8, 8), ("zero3", 8, 8, 8), ("fsdp2", 8, 8, 8)],
+)
+def test_strategy_cuts_what_its_paper_says(
+    strategy: str, weights: int, gradients: int, optimizer: int, shape: Architecture
+) -> None:
+    config, setting = _stage("sft", strategy=strategy, num_processes=8)
+    step = stage_moments(config, {"policy": shape}, Work(1024), setting)[3]
+    assert step.weights == 4 * shape.parameters / weights
+    assert step.gradients == 4 * shape.parameters / gradients
+    assert step.optimizer == 8 * shape.parameters / optimizer
+
+
+def test_sixteen_bit_zero_has_the_bytes_of_its_paper(shape: Architecture) -> None:
+    """arXiv:1910.02054, figure 1: 2 + (2 + 12) / N bytes a weight, gradients here in float32; 16 / N in stage 3."""
+    for strategy, weights in (("zero2", 2 + 4 / 64), ("zero3", 6 / 64)):
+        config, setting = _stage("sft", strategy=strategy, num_processes=64, precision="bf16")
+        step = stage_moments(config, {"policy": shape}, Work(1024), setting)[3]
+        assert step.weights == pytest.approx(weights * shape.parameters)
+
+
+def test_checkpointing_keeps_a_blocks_input_and_one_block(shape: Architecture) -> None:
+    kept = _peak("sft", shape).activations
+    checkpointed = _peak("sft", shape, gradient_checkpointing=True).activations
+    assert checkpointed < 0.15 * kept
+
+
+def test_bf16_halves_the_numbers_of_matrix_products_alone(shape: Architecture) -> None:
+    wide, narrow = (_peak("sft", shape, precision=precision).activations for precision in ("fp32", "bf16"))
+    assert 0.5 < narrow / wide < 0.75
+
+
+def test_ppo_holds_four_models_and_with_lora_one(shape: Architecture) -> None:
+    full, lora = _peak("ppo", shape), _peak("ppo", shape, adapter="lora")
+    four = 2 * 4 * (shape.parameters + shape.scalar_parameters)
+    assert full.weights + full.frozen == four
+    one = 4 * shape.parameters
+    assert one < lora.weights + lora.frozen < 1.05 * one
+    adapter = shape.adapter_parameters(16, ["all-linear"])
+    assert lora.optimizer == 8 * (2 * adapter + shape.hidden_size)
+
+
+def test_qlora_base_is_half_a_byte_a_weight(shape: Architecture) -> None:
+    assert _peak("sft", shape, adapter="qlora").frozen == pytest.approx(0.516 * shape.parameters)
+
+
+def test_offloaded_moments_are_there_in_the_step_alone(shape: Architecture) -> None:
+    config, setting = _stage("sft", optimizer_offload=True)
+    moments = {
+        memory.moment: memory for memory in stage_moments(config, {"policy": shape}, Work(2048), setting)
+    }
+    assert moments["loss"].optimizer == 0 and moments["step"].optimizer == 8 * shape.parameters
+    here = replace(setting, gpu=False)
+    assert peak(stage_moments(config, {"policy": shape}, Work(2048), here)).optimizer > 0
+
+
+def test_longer_rows_need_more_up_to_the_limit_of_the_stage(shape: Architecture) -> None:
+    config, setting = _stage("sft")
+    needs = [
+        peak(stage_moments(config, {"policy": shape}, Work(length), setting)).total
+        for length in (512, 1024, 2048, 9999)
+    ]
+    assert needs[0] < needs[1] < needs[2] == needs[3]
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm", "dpo", "rs", "ppo", "collect", "eval"])
+def test_no_part_of_any_moment_is_negative(kind: str, shape: Architecture) -> None:
+    for strategy in ("single", "ddp", "fsdp2", "zero2", "zero3"):
+        for adapter, precision in (("none", "fp32"), ("none", "bf16"), ("lora", "bf16")):
+            processes = 1 if strategy == "single" else 4
+            launch = {"strategy": strategy, "num_processes": processes, "precision": precision}
+            config, setting = _stage(kind, adapter=adapter, **launch)
+            for memory in stage_moments(config, _roles(shape), Work(100, 10), setting):
+                assert all(getattr(memory, part) >= 0 for part in PARTS), memory
+
+
+def _kept(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> int:
+    """Bytes that a forward keeps beside the weights, each storage once; under autocast the 16-bit weights too."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(1))
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    del output
+    return kept
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_a_forward_keeps(
+    attention: str, precision: str, make_llama: Callable[..., PreTrainedModel]
+) -> None:
+    batch = Batch(8, 64, 1)
+    config, setting = _stage("sft", precision=precision, eager=attention == "eager")
+    kept, told = [], []
+    for layers in (1, 2):
+        model = make_llama(num_hidden_layers=layers)
+        model.set_attn_implementation(attention)
+        found = parse_architecture(model.config.to_dict())
+        kept.append(_kept(model.train(), batch, bf16=precision == "bf16"))
+        loss = training_moments(Memory(), Role(found), batch, config, setting)[0]
+        told.append(loss.activations + loss.copies)
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
+
+
+def test_table_has_every_accelerator_of_the_configuration() -> None:
+    assert set(TABLE) == set(ACCELERATORS)
+    launch = compose(["launch.accelerator=h200"]).config.launch
+    assert find_machine(launch) == TABLE["h200"]
+
+
+def test_auto_is_ddp_over_several_processes_and_single_on_one() -> None:
+    launch = compose(["launch.num_processes=2"]).config.launch
+    assert decided(launch).strategy == "ddp"
+    assert decided(replace(launch, num_processes=None)).strategy == "single"
+    assert decided(replace(launch, strategy="fsdp2")).strategy == "fsdp2"
+
+
+def _advice(kind: str, shape: Architecture, available: float, **changes: Any) -> tuple[str, ...] | None:
+    config, setting = _stage(kind, **changes)
+
+    def needs(changed: Any, under: Setting) -> Memory:
+        return peak(stage_moments(changed, _roles(shape), Work(1024), under))
+
+    found = smallest_change(needs, config, setting, "stage.", available)
+    if found is None:
+        return None
+    assert found.memory.total <= available
+    return found.words
+
+
+def test_smallest_change_is_the_cheapest_that_fits(shape: Architecture) -> None:
+    sharded = {"strategy": "fsdp2", "num_processes": 8, "precision": "bf16"}
+    assert _advice("sft", shape, 40e9, **sharded) == ("launch.gradient_checkpointing=true",)
+    # 108 GB of weights, gradients and moments: no batch is small enough, but there are seven other processes.
+    assert _advice("sft", shape, 80e9, **{**sharded, "strategy": "ddp"}) == ("launch.strategy=fsdp2",)
+    # Alone, whole weights cannot be trained in 80 GB at all.
+    assert _advice("sft", shape, 80e9, precision="bf16") == ("adapter=lora",)
+    # Nor with adapters in 20 GB: more processes are the last thing asked for.
+    assert _advice("sft", shape, 20e9, precision="bf16") == (
+        "launch.gradient_checkpointing=true",
+        "launch.strategy=fsdp2 launch.num_processes=8",
+    )
+
+
+def test_smallest_change_of_a_stage_that_only_samples_is_a_smaller_batch(shape: Architecture) -> None:
+    assert _advice("collect", shape, 80e9, precision="bf16") == ("stage.generation_batch_size=32",)
+
+
+def test_nothing_makes_a_model_fit_into_nothing(shape: Architecture) -> None:
+    assert _advice("sft", shape, 1e9) is None
+
+
+def _bare(folder: Path, **changes: Any) -> Path:
+    raw = json.loads((SHAPES / "llama-2-70b" / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**raw, **changes}))
+    return folder
+
+
+def _config(project: Project, *words: str) -> Config:
+    return project.compose("launch.accelerator=h100", *words).config
+
+
+def test_folder_with_a_configuration_alone_is_planned(project: Project, tmp_path: Path) -> None:
+    folder = _bare(tmp_path / "llama")
+    words = [f"model='{folder}'", "launch=fsdp2", "launch.num_processes=64", "launch.precision=bf16"]
+    plan = make_plan(_config(project, *words), bare=True)
+    for row in plan.rows:
+        assert row.estimate is not None and row.estimate.parameters == 68_976_648_192
+        assert row.rows is None and row.estimate.tokens is None
+    assert any("no tokenizer.json in it, so rows and tokens are unknown" in line for line in plan.warnings)
+
+
+def test_run_refuses_the_folder_that_can_be_planned(project: Project, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors weights in it") as refused:
+        project.run(f"model='{_bare(tmp_path / 'llama')}'")
+    assert refused.value.exit_code == 4
+
+
+def test_plan_with_a_tokenizer_tells_tokens_and_time(
+    make_llama: Callable[..., PreTrainedModel], tokenizer: Tokenizer, project: Project, tmp_path: Path
+) -> None:
+    save_model(make_llama(), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    plan = make_plan(_config(project, f"model='{tmp_path}/model'"), bare=True)
+    for row in plan.rows:
+        assert row.estimate is not None and row.estimate.tokens and row.estimate.seconds
+    sft = plan.rows[0]
+    assert sft.rows is not None and sft.steps is not None and sft.estimate is not None
+    mean = (sft.estimate.tokens or 0) / (sft.steps * 16)
+    assert 5 < mean < 60
+
+
+def test_folder_of_an_unknown_family_is_planned_without_memory(project: Project, tmp_path: Path) -> None:
+    folder = _bare(tmp_path / "odd", model_type="odd", num_local_experts=8)
+    plan = make_plan(_config(project, f"model='{folder}'"), bare=True)
+    assert all(row.estimate is None for row in plan.rows)
+    (line,) = {line for line in plan.warnings if "odd" in line and "model_type" in line}
+    assert line == "base: the plan does not know model_type 'odd': parameters and memory are unknown"
+
+
+def test_stage_that_does_not_fit_is_told_with_a_change_that_works(project: Project, tmp_path: Path) -> None:
+    folder = _bare(tmp_path / "llama")
+    words = [
+        "stage=sft",
+        f"model='{folder}'",
+        "launch=fsdp2",
+        "launch.num_processes=64",
+        "launch.precision=bf16",
+    ]
+    (line,) = [
+        line for line in make_plan(_config(project, *words), bare=True).warnings if "does not fit" in line
+    ]
+    change = line.split("the smallest change that would: ")[1].split(" (")[0]
+    again = make_plan(_config(project, *words, *change.split()), bare=True)
+    assert not any("does not fit" in line for line in again.warnings)
+
+
+def test_every_size_of_the_benchmark_is_used_and_every_case_has_its_own_name() -> None:
+    assert len({case.name for case in CASES}) == len(CASES) >= 12
+    assert {case.kind for case in CASES} >= {"sft", "rm", "dpo", "ppo"}
+
+
+QUICK = (CASES[0], CASES[10])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_estimate_of_a_small_case_is_within_15_percent_of_its_peak(case: Case, tmp_path: Path) -> None:
+    build(case, tmp_path)
+    told, _ = estimated(case, tmp_path)
+    assert told == pytest.approx(measured(case, tmp_path), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=lambda case: case.name)
+def test_estimate_is_within_15_percent_of_the_measured_peak(case: Case, tmp_path: Path) -> None:
+    build(case, tmp_path)
+    told, _ = estimated(case, tmp_path)
+    assert told == pytest.approx(measured(case, tmp_path), rel=TOLERANCE)
