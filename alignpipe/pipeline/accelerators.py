@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignpipe.config import LaunchConfig
+from alignpipe.pipeline.launch import num_processes
 
 # Share of the peak that a run gets: Llama 3 405B 38 to 43 % (arXiv:2407.21783, table 4), PaLM 46 % (arXiv:2204.02311).
 UTILISATION = 0.4
@@ -69,7 +70,7 @@ def find_machine(launch: LaunchConfig) -> Machine:
         return TABLE[launch.accelerator]
     if launch.device in ("auto", "cuda") and (found := visible_gpu()) is not None:
         return found
-    here = -(-(launch.num_processes or 1) // launch.num_machines)
+    here = -(-num_processes(launch) // launch.num_machines)
     return Machine("cpu", installed_memory() / here - IMPORTS, gpu=False)
 
 

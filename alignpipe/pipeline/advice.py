@@ -76,7 +76,7 @@ def _candidates(config: StageConfig, setting: Setting, prefix: str) -> Iterator[
         yield from ((*changes, lora) for changes in _sets(same))
     if setting.gpu:
         others = [change for change in same if change.key != "launch.strategy"]
-        for more in _more_processes(setting):
+        for more in _more_processes(config, setting):
             yield (more,)
             yield from ((*changes, more) for changes in _sets(others))
 
@@ -122,10 +122,12 @@ def _sharding(setting: Setting) -> list[Change]:
     return [_launch("strategy", "fsdp2")]
 
 
-def _more_processes(setting: Setting) -> list[Change]:
+def _more_processes(config: StageConfig, setting: Setting) -> list[Change]:
     found = []
     processes = setting.processes * 2
-    while processes <= MAX_PROCESSES:
+    # Each needs a row of a step.
+    most = min(MAX_PROCESSES, config.batch_size) if isinstance(config, OptimizerConfig) else MAX_PROCESSES
+    while processes <= most:
         found.append(_processes(processes, setting))
         processes *= 2
     return found

@@ -32,6 +32,7 @@ from alignpipe.pipeline.architecture import (
 from alignpipe.pipeline.counts import Rows
 from alignpipe.pipeline.graph import Graph, Node
 from alignpipe.pipeline.hub import model_folder
+from alignpipe.pipeline.launch import num_processes
 from alignpipe.pipeline.memory import Memory, Setting, Work, peak
 from alignpipe.pipeline.moments import stage_moments
 from alignpipe.pipeline.references import ModelRef
@@ -86,8 +87,8 @@ def make_setting(config: Config, machine: Machine) -> Setting:
 
 
 def decided(launch: LaunchConfig) -> LaunchConfig:
-    """`auto` made out: one process, or ddp over several. What is not given counts as one process."""
-    processes = launch.num_processes or 1
+    """`auto` made out: one process, or ddp over several."""
+    processes = num_processes(launch)
     several = "ddp" if launch.strategy == "auto" else launch.strategy
     return replace(launch, num_processes=processes, strategy="single" if processes == 1 else several)
 

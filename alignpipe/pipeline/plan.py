@@ -21,7 +21,7 @@ from alignpipe.config import (
 )
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.errors import CheckpointError, ConfigError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
@@ -30,6 +30,7 @@ from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
 from alignpipe.pipeline.graph import Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
+from alignpipe.pipeline.launch import num_processes
 from alignpipe.pipeline.lengths import fit_lengths
 from alignpipe.pipeline.memory import Setting
 from alignpipe.pipeline.store import Store
@@ -135,6 +136,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
         models, notes = shapes(node, graph, config)
         warnings += [note for note in notes if note not in warnings]
         row = _row(node, counted, reused, store, models)
+        row.batch = _batch(node, num_processes(config.launch))
         if node.name not in reused:
             row.estimate = estimate(node, models, counted, row.steps, setting, machine)
         warnings += _misfit(node, row, config, setting, machine)
@@ -258,9 +260,7 @@ def _row(
     reads += [f"policies={','.join(policies)}"] if policies else []
     reads += [f"{role}={Path(ref.name).name}" for role, ref in node.data.items()]
     steps = _steps(node, counted)
-    return PlanRow(
-        node.name, node.kind, node.key, " ".join(reads), counted.used, steps, _batch(node), disk, state, why
-    )
+    return PlanRow(node.name, node.kind, node.key, " ".join(reads), counted.used, steps, "", disk, state, why)
 
 
 def trains(node: Node) -> bool:
@@ -276,11 +276,23 @@ def _steps(node: Node, counted: Rows) -> int | None:
     return None
 
 
-def _batch(node: Node) -> str:
+def _batch(node: Node, processes: int) -> str:
+    """The rows of a step: of one forward, times forwards, times processes where there are several.
+
+    Raises:
+        ConfigError: fewer rows than processes.
+    """
     if not isinstance(node.config, OptimizerConfig):
         return ""
-    micro = min(node.config.micro_batch_size, node.config.batch_size)
-    return f"{node.config.batch_size} = {micro} x {node.config.batch_size // micro}"
+    size = node.config.batch_size
+    if size < processes:
+        raise ConfigError(
+            f"{node.name}: batch_size {size} is less than launch.num_processes {processes}, so some would have nothing "
+            f"to do; raise it to {processes} or start fewer processes"
+        )
+    own = -(-size // processes)
+    micro = min(node.config.micro_batch_size, own)
+    return f"{size} = {micro} x {-(-own // micro)}" + (f" x {processes}" if processes > 1 else "")
 
 
 def _warnings(node: Node, graph: Graph) -> list[str]:

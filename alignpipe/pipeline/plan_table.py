@@ -14,7 +14,8 @@ from alignpipe.pipeline.plan import Plan, format_bytes
 
 # Column titles that keep a plan within 100 columns.
 SHORT = {"gradients": "grads", "optimizer": "AdamW", "activations": "acts"}
-LEFT = ("stage", "state", "batch = micro x accum", "key", "at")
+BATCH = "batch = micro x accum"
+LEFT = ("stage", "state", BATCH, f"{BATCH} x procs", "key", "at")
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -29,7 +30,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _stages(plan: Plan) -> list[str]:
     """A row a stage; the column of times only where some are known."""
-    cells = [["stage", "state", "rows", "tokens", "steps", "batch = micro x accum", "disk", "time", "key"]]
+    batch = BATCH if plan.setting.launch.num_processes == 1 else f"{BATCH} x procs"
+    cells = [["stage", "state", "rows", "tokens", "steps", batch, "disk", "time", "key"]]
     for row in plan.rows:
         tokens, seconds = (
             (None, None) if row.estimate is None else (row.estimate.tokens, row.estimate.seconds)

@@ -244,6 +244,8 @@ def _config(project: Project, *words: str) -> Config:
 def test_folder_with_a_configuration_alone_is_planned(project: Project, tmp_path: Path) -> None:
     folder = _bare(tmp_path / "llama")
     words = [f"model='{folder}'", "launch=fsdp2", "launch.num_processes=64", "launch.precision=bf16"]
+    words += [f"model.training.{kind}.batch_size=64" for kind in ("sft", "rm", "rs", "ppo")]
+    words += ["model.training.ppo.rollout_size=64"]
     plan = make_plan(_config(project, *words), bare=True)
     for row in plan.rows:
         assert row.estimate is not None and row.estimate.parameters == 68_976_648_192
@@ -287,6 +289,7 @@ def test_stage_that_does_not_fit_is_told_with_a_change_that_works(project: Proje
         "launch=fsdp2",
         "launch.num_processes=64",
         "launch.precision=bf16",
+        "stage.batch_size=64",
     ]
     (line,) = [
         line for line in make_plan(_config(project, *words), bare=True).warnings if "does not fit" in line
