@@ -19,6 +19,7 @@ from alignpipe.stages import STAGES
 from alignpipe.task import Task, read_task
 from alignpipe.training.context import REJECTED, Context
 from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
+from alignpipe.training.optim import scaled
 from alignpipe.training.progress import StageProgress
 
 
@@ -46,7 +47,7 @@ def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
         remove_tree(context.result)
         context.result.mkdir(parents=True)
         try:
-            figures = STAGES[task.kind](task.config, context)
+            figures = STAGES[task.kind](scaled(task.config, task.adapter), context)
         except torch.OutOfMemoryError as error:
             raise MachineError(
                 f"{task.name}: out of memory on {accelerator.device}; lower micro_batch_size or generation_batch_size"

@@ -4,6 +4,7 @@ model, tokenizer -> folder of safetensors and JSON that `from_pretrained` opens 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.models.adapters import Adapters, save_adapter
 from alignpipe.models.files import CONFIG
 from alignpipe.models.loading import evaluating, num_rows, quiet
 
@@ -21,27 +23,35 @@ ModelKind = Literal["policy", "reward"]
 PROBE_SHAPE = (3, 16)
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, adapters: Adapters | None = None
+) -> None:
     """Write weights, configuration, tokenizer and chat template.
 
     Args:
         model: a policy or a scalar model, unwrapped.
         tokenizer: that it was trained with.
         folder: made when it is not there.
+        adapters: of the stage, where the model is an adapter on a base.
 
     Raises:
         MachineError: the disk refuses it.
     """
     try:
         with quiet():
-            model.save_pretrained(folder)
+            if adapters is None:
+                model.save_pretrained(folder)
+            else:
+                save_adapter(model, adapters.base_of(model), folder)
         tokenizer.save(folder)
         _add_older_keys(folder / CONFIG)
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{folder}: the model cannot be written ({error}); free some space") from error
 
 
-def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None:
+def verify_reload(
+    model: PreTrainedModel, folder: Path, kind: ModelKind, loading: Mapping[str, Any] | None = None
+) -> None:
     """Open a folder the way any user of transformers does, and compare it with the model in memory.
 
     On a CPU in float32 the outputs must be equal bit for bit, elsewhere within rounding.
@@ -50,6 +60,7 @@ def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None
         model: that was saved.
         folder: where.
         kind: which head it has.
+        loading: more that `from_pretrained` is told.
 
     Raises:
         CheckpointError: it does not open, or gives other outputs.
@@ -62,13 +73,14 @@ def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None
                 attn_implementation=model.config._attn_implementation,
                 local_files_only=True,
                 trust_remote_code=False,
+                **(loading or {}),
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: written, but cannot be opened again ({error})") from error
     ids = _probe(model)
     reloaded.to(model.device)  # type: ignore[arg-type]
     mine, theirs = _outputs(model, ids), _outputs(reloaded, ids)
-    exact = model.device.type == "cpu" and model.dtype == torch.float32
+    exact = not loading and model.device.type == "cpu" and model.dtype == torch.float32
     same = torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
     if not same:
         raise CheckpointError(

@@ -31,6 +31,7 @@ from alignpipe.pipeline.graph import Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.lengths import fit_lengths
+from alignpipe.pipeline.requirements import check_adapters
 from alignpipe.pipeline.store import Store
 
 BYTES_PER_WEIGHT = 4
@@ -100,6 +101,7 @@ def make_plan(config: Config) -> Plan:
     _check_trackers(config)
     store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store)
+    check_adapters(config, graph)
     config, warnings = fit_lengths(config)
     if warnings:
         graph = build_graph(config, store)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,8 +20,10 @@ from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
-from alignpipe.models.loading import ModelSource
+from alignpipe.models.adapters import Adapters
+from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
+from alignpipe.models.scalar_head import load_scalar_model
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.checkpoint import load_newest_state, save_state
@@ -81,7 +85,13 @@ class Context:
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
         source = self.task.models[role]
-        return ModelSource(source.path, source.revision, self.task.architecture)
+        return ModelSource(source.path, source.revision, self.task.architecture, self.adapters)
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        """What all roles of the stage share, where it trains adapters."""
+        config = self.task.adapter
+        return None if config.kind == "none" else Adapters(config, self.task.config.seed)
 
     def tokenizer(self, role: str) -> Tokenizer:
         """The tokenizer and chat template of a role.
@@ -152,8 +162,19 @@ class Context:
             CheckpointError: opened again it gives other outputs.
             MachineError: the disk refuses it.
         """
-        save_model(model, tokenizer, self.result)
-        verify_reload(model, self.result, kind)
+        adapters = self.adapters
+        if adapters is not None and adapters.config.handover == "merge":
+            model, adapters = self._merged(model, tokenizer, kind), None
+        save_model(model, tokenizer, self.result, adapters)
+        loading = {} if adapters is None else adapters.loading(self.device)
+        verify_reload(model, self.result, kind, loading)
+
+    def _merged(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> PreTrainedModel:
+        """Whole weights: the adapter added to the base as the files hold it, since in memory others stand on it."""
+        load = load_policy if kind == "policy" else load_scalar_model
+        with TemporaryDirectory(dir=self.task.work) as folder:
+            save_model(model, tokenizer, Path(folder), self.adapters)
+            return load(ModelSource(folder), tokenizer, self.task.attn_implementation, self.device)
 
     def resume(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
         """Go back to the newest valid state.

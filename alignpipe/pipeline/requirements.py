@@ -1,0 +1,45 @@
+"""What adapters need of the machine, asked without torch, before the first stage.
+
+Config, Graph -> nothing, or MachineError
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from alignpipe.config import TINY, Config
+from alignpipe.errors import ConfigError, MachineError
+from alignpipe.pipeline.graph import Graph
+
+ADAPTER = "adapter_config.json"
+# There once the driver of an NVIDIA card is loaded, on Linux and in containers with a card.
+DRIVER = Path("/dev/nvidiactl")
+
+
+def check_adapters(config: Config, graph: Graph) -> None:
+    """Make sure that adapters can be read and trained here.
+
+    Raises:
+        MachineError: peft is missing; for 4 bits, bitsandbytes or a CUDA device.
+        ConfigError: 4 bits are asked of a model that has no files.
+    """
+    kind = config.adapter.kind
+    paths = {ref.path: ref.name for node in graph for ref in node.models.values() if ref.path}
+    read = [name for path, name in paths.items() if (Path(path) / ADAPTER).is_file()]
+    if (kind != "none" or read) and find_spec("peft") is None:
+        why = f"adapter={kind}" if kind != "none" else f"{read[0]}: has an adapter, which"
+        raise MachineError(f"{why} needs peft, which is not installed; pip install 'alignpipe[lora]'")
+    if kind != "qlora":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise MachineError(
+            "adapter=qlora needs bitsandbytes, which is not installed; pip install 'alignpipe[qlora]', "
+            "or take adapter=lora"
+        )
+    if config.launch.device not in ("auto", "cuda") or not DRIVER.exists():
+        raise MachineError(
+            "adapter=qlora needs a CUDA device, and this run has none; take adapter=lora, or a machine that has one"
+        )
+    if config.model.path == TINY:
+        raise ConfigError(
+            "adapter=qlora: cuts weights that lie in files to 4 bits, and model=tiny has none; take adapter=lora"
+        )
