@@ -197,7 +197,7 @@ def _from_policy(policy: PreTrainedModel) -> PreTrainedModel:
         from_config = AutoModelForSequenceClassification.from_config
         model: PreTrainedModel = from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     setattr(model, model.base_model_prefix, policy.base_model)
-    score_head(model).to_empty(device=policy.device)
+    nn.init.zeros_(score_head(model).to_empty(device=policy.device).weight)
     return model
 
 

@@ -26,12 +26,12 @@ from alignpipe.config import (
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
 from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.counts import Rows, count_rows
 from alignpipe.pipeline.graph import Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.lengths import fit_lengths
-from alignpipe.pipeline.requirements import check_adapters
 from alignpipe.pipeline.store import Store
 
 BYTES_PER_WEIGHT = 4
@@ -101,10 +101,11 @@ def make_plan(config: Config) -> Plan:
     _check_trackers(config)
     store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store)
-    check_adapters(config, graph)
+    adapter_warnings = check_adapters(config, graph)
     config, warnings = fit_lengths(config)
     if warnings:
         graph = build_graph(config, store)
+    warnings += adapter_warnings
     chat_template = fallback_template(config, graph)
     add_keys(graph, config, store, chat_template)
     reused = reusable(graph, store)

@@ -17,6 +17,7 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
+from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
 from alignpipe.pipeline.plan import make_plan, reusable
@@ -165,7 +166,7 @@ class Runner:
             architecture=config.model.architecture,
             attn_implementation=config.model.attn_implementation,
             launch=config.launch,
-            adapter=config.adapter,
+            adapter=stage_adapter(config, node),
             trackers=list(config.trackers),
             run=self._plan.run,
             inputs=node.inputs,

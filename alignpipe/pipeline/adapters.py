@@ -1,22 +1,37 @@
-"""What adapters need of the machine, asked without torch, before the first stage.
+"""Which stages train adapters, and what those need of the machine: asked without torch, before the first stage.
 
-Config, Graph -> nothing, or MachineError
+Config, Graph -> adapter of each stage; MachineError
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from alignpipe.config import TINY, Config
+from alignpipe.config import TINY, AdapterConfig, Config, OptimizerConfig
 from alignpipe.errors import ConfigError, MachineError
-from alignpipe.pipeline.graph import Graph
+from alignpipe.pipeline.graph import Graph, Node
 
 ADAPTER = "adapter_config.json"
 # There once the driver of an NVIDIA card is loaded, on Linux and in containers with a card.
 DRIVER = Path("/dev/nvidiactl")
 
 
-def check_adapters(config: Config, graph: Graph) -> None:
+def stage_adapter(config: Config, node: Node) -> AdapterConfig:
+    """What a stage trains: the run's adapter, but whole weights where the model is built from nothing.
+
+    An adapter bends what weights have learnt, and those have learnt nothing; what the stage leaves is the base of
+    all adapters after it.
+    """
+    policy = node.models.get("policy")
+    built = isinstance(node.config, OptimizerConfig) and policy is not None and policy.path == TINY
+    return replace(config.adapter, kind="none") if built else config.adapter
+
+
+def check_adapters(config: Config, graph: Graph) -> list[str]:
     """Make sure that adapters can be read and trained here.
+
+    Returns:
+        Warnings: which stages train whole weights all the same.
 
     Raises:
         MachineError: peft is missing; for 4 bits, bitsandbytes or a CUDA device.
@@ -28,8 +43,17 @@ def check_adapters(config: Config, graph: Graph) -> None:
     if (kind != "none" or read) and find_spec("peft") is None:
         why = f"adapter={kind}" if kind != "none" else f"{read[0]}: has an adapter, which"
         raise MachineError(f"{why} needs peft, which is not installed; pip install 'alignpipe[lora]'")
-    if kind != "qlora":
-        return
+    if kind == "qlora":
+        _check_four_bits(config)
+    return [
+        f"{node.name}: {TINY} is built from nothing, so this stage trains whole weights; "
+        f"they are the base of the adapters after it"
+        for node in graph.order
+        if stage_adapter(config, node).kind != kind
+    ]
+
+
+def _check_four_bits(config: Config) -> None:
     if find_spec("bitsandbytes") is None:
         raise MachineError(
             "adapter=qlora needs bitsandbytes, which is not installed; pip install 'alignpipe[qlora]', "
