@@ -82,9 +82,16 @@ class ModelSource:
 
     @property
     def parent(self) -> Path | None:
-        """The folder, where an adapter lies in it."""
+        """The folder, where an adapter lies in it.
+
+        Raises:
+            CheckpointError: there is an adapter and something about it is missing or damaged.
+        """
         folder = None if self.is_tiny else self.folder()
-        return folder if folder is not None and has_adapter(folder) else None
+        if folder is None or not has_adapter(folder):
+            return None
+        check_files(folder)
+        return folder
 
     def folder(self) -> Path:
         """The folder that holds the files; a hub id is fetched into the hub's own cache first.
@@ -171,8 +178,6 @@ def shared_base(
 ) -> Base:
     """The frozen weights of a source, ready for use, opened once a stage."""
     folder = None if source.is_tiny else source.folder()
-    if folder is not None:
-        check_files(folder)
 
     def opened(plain: Path | None) -> tuple[PreTrainedModel, bool]:
         model = open_whole(plain)
