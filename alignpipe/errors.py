@@ -44,6 +44,12 @@ class NumericalError(AlignpipeError):
     exit_code = 6
 
 
+class ProcessLost(AlignpipeError):
+    """One of several processes died or did not answer in time."""
+
+    exit_code = 7
+
+
 class Stopped(AlignpipeError):
     """A signal asked for the end; the state is saved and the same command goes on."""
 

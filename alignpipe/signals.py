@@ -4,7 +4,9 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from alignpipe.errors import Stopped
 
@@ -12,15 +14,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """Whether the user or the scheduler asked for the end."""
+    """Whether the user or the scheduler asked for the end.
 
-    def __init__(self) -> None:
+    Args:
+        file: of one of several processes: the command that started them asks for the end by making it, since a
+            signal to all of them would come to some twice.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._file = file
 
     @property
     def requested(self) -> bool:
         """True from the first signal on."""
-        return self.received is not None
+        return self.received is not None or (self._file is not None and self._file.exists())
 
     def check(self) -> None:
         """Raise where nothing needs saving first.
@@ -28,13 +36,20 @@ class StopSignal:
         Raises:
             Stopped: a signal came.
         """
-        if self.received is not None:
-            raise Stopped(
-                f"stopped by {self.received.name}; the state is saved, run the same command to go on"
-            )
+        if self.requested:
+            self.end()
+
+    def end(self) -> NoReturn:
+        """Raise: another process of the stage was asked to end, or this one.
+
+        Raises:
+            Stopped: always.
+        """
+        by = f"stopped by {self.received.name}" if self.received else "stopped"
+        raise Stopped(f"{by}; the state is saved, run the same command to go on")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        if self.received is not None and self._file is None:
             # The first signal was heard and the save is slow or stuck: the user means it.
             os._exit(130)
         self.received = signal.Signals(number)

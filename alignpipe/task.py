@@ -13,6 +13,10 @@ import yaml
 from alignpipe.artifact import write_text
 from alignpipe.config import KINDS, AdapterConfig, ArchitectureConfig, LaunchConfig, StageConfig
 
+# In a stage's working folder: made to ask its processes to stop, and where they say how they failed.
+STOP = "stop"
+ERRORS = "errors"
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -89,6 +93,11 @@ class Task:
     trackers: list[str] = field(default_factory=list)
     run: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def logs(self) -> Path:
+        """Where processes other than the first write what they print: with the run."""
+        return self.target.parents[1] / "runs" / self.run / "logs"
 
     @property
     def trackers_folder(self) -> Path:

@@ -3,24 +3,44 @@
 task.yaml -> inputs verified -> stage -> result folder sealed, opened once more, renamed into the store
 """
 
+import os
 import sys
+import threading
+import time
+import traceback
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from rich.console import Console
 
-from alignpipe.artifact import Manifest, Parent, installed_versions, publish, remove_tree, seal, verify
-from alignpipe.errors import MachineError
+from alignpipe import processes
+from alignpipe.artifact import (
+    Manifest,
+    Parent,
+    installed_versions,
+    publish,
+    remove_tree,
+    seal,
+    verify,
+    write_json,
+)
+from alignpipe.errors import AlignpipeError, MachineError, ProcessLost
 from alignpipe.signals import StopSignal
 from alignpipe.stages import STAGES
-from alignpipe.task import Task, read_task
+from alignpipe.task import ERRORS, STOP, Task, read_task
 from alignpipe.training.context import REJECTED, Context
+from alignpipe.training.gradients import LossScale
 from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
 from alignpipe.training.optim import scaled
 from alignpipe.training.progress import StageProgress
+
+# What errors of a broken collective say, whichever library raised them.
+CONTACT = ("gloo", "nccl", "connection", "timed out", "timeout", "store")
 
 
 def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
@@ -38,14 +58,13 @@ def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
         AlignpipeError: an input is damaged, the machine is too small, numbers are not finite, or a signal came.
     """
     task = read_task(path)
-    parents = _verified_parents(task)
-    torch.manual_seed(task.config.seed)
     accelerator = _accelerator(task)
+    parents = processes.from_main(lambda: _verified_parents(task))
+    torch.manual_seed(task.config.seed)
     with StageProgress(task.name, console) as progress:
         metrics = MetricLog(task.work, accelerator)
-        context = Context(task, accelerator, metrics, progress, stop)
-        remove_tree(context.result)
-        context.result.mkdir(parents=True)
+        context = Context(task, accelerator, metrics, progress, stop, LossScale.of(task.launch.precision))
+        processes.from_main(lambda: _make_empty(context.result))
         try:
             figures = STAGES[task.kind](scaled(task.config, task.adapter), context)
         except torch.OutOfMemoryError as error:
@@ -53,15 +72,28 @@ def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
                 f"{task.name}: out of memory on {accelerator.device}; lower micro_batch_size or generation_batch_size"
             ) from error
         finally:
-            accelerator.end_training()
+            # Not end_training: it would also take the group of processes apart.
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    return processes.from_main(lambda: _publish(task, context.result, parents, figures))
+
+
+def _make_empty(folder: Path) -> None:
+    remove_tree(folder)
+    folder.mkdir(parents=True)
+
+
+def _publish(task: Task, result: Path, parents: dict[str, Parent], figures: dict[str, Any]) -> Manifest:
+    """Seal the result and put it into the store."""
     for name in (METRICS, SAMPLES, REJECTED):
         if (task.work / name).is_file():
-            (task.work / name).replace(context.result / name)
-    versions = installed_versions() | {"threads": str(torch.get_num_threads())}
-    manifest = seal(
-        context.result, Manifest(task.kind, task.key, parents, task.inputs, figures, versions=versions)
-    )
-    publish(context.result, task.target)
+            (task.work / name).replace(result / name)
+    versions = installed_versions() | {
+        "threads": str(torch.get_num_threads()),
+        "processes": str(processes.count()),
+    }
+    manifest = seal(result, Manifest(task.kind, task.key, parents, task.inputs, figures, versions=versions))
+    publish(result, task.target)
     return manifest
 
 
@@ -78,12 +110,28 @@ def _verified_parents(task: Task) -> dict[str, Parent]:
 
 
 def _accelerator(task: Task) -> Accelerator:
+    """Device and trackers, and the group of processes where there are several.
+
+    Raises:
+        MachineError: the machine has no such device, or the processes did not find each other.
+    """
+    on_cpu = task.launch.device == "cpu" or not torch.cuda.is_available()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # Small things travel over gloo, and no process waits for its GPU to tell the others a number.
+        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+        if not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend, timeout=timedelta(seconds=task.launch.timeout))
     accelerator = Accelerator(
-        cpu=task.launch.device == "cpu",
-        mixed_precision="bf16" if task.launch.precision == "bf16" else "no",
+        cpu=task.launch.device == "cpu" or (on_cpu and processes.count() > 1),
         log_with=task.trackers or None,
         project_dir=str(task.trackers_folder),
     )
+    if accelerator.num_processes != processes.count():
+        raise MachineError(
+            f"launch.num_processes: {processes.count()} processes were started, accelerate sees "
+            f"{accelerator.num_processes}; unset ACCELERATE_* in the environment"
+        )
     if task.launch.device not in ("auto", accelerator.device.type):
         raise MachineError(
             f"launch.device={task.launch.device}: this machine has no such device, only {accelerator.device.type}"
@@ -104,6 +152,59 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def main(path: Path) -> None:
+    """Be one of several processes of a stage, started by torch's launcher; how it failed is left in a file."""
+    task = read_task(path)
+    number = int(os.environ["RANK"])
+    _die_with_parent()
+    if number > 0:
+        _write_to_log(task.logs / f"{task.name}.rank{number}.log")
+    code = 1
+    with StopSignal(task.work / STOP).listening() as stop:
+        try:
+            run_task(path, Console(stderr=True, highlight=False), stop)
+            code = 0
+        except AlignpipeError as error:
+            code = error.exit_code
+            _leave_error(task, number, str(error), code)
+        except Exception as error:
+            traceback.print_exc()
+            first = str(error).strip().partition("\n")[0]
+            lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in CONTACT)
+            code = ProcessLost.exit_code if lost else 1
+            _leave_error(task, number, f"{type(error).__name__}: {first}", code, traceback.format_exc())
+    sys.stderr.flush()
+    # Not by the interpreter's own way out: a collective that never ends would hold it.
+    os._exit(code)
+
+
+def _leave_error(task: Task, number: int, message: str, code: int, trace: str | None = None) -> None:
+    """Say how this process failed, for the command to find the first one."""
+    folder = task.work / ERRORS
+    folder.mkdir(exist_ok=True)
+    outcome = {"time": time.time(), "message": message, "exit_code": code, "trace": trace}
+    write_json(folder / f"rank{number}.json", outcome)
+
+
+def _write_to_log(path: Path) -> None:
+    """Send what this process prints to a file of its own; the first process has the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+
+
+def _die_with_parent() -> None:
+    """End at once when the launcher is gone: nobody would stop this process, and it would go on writing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(ProcessLost.exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
-    with StopSignal().listening() as signal:
-        run_task(Path(sys.argv[1]), Console(stderr=True), signal)
+    main(Path(sys.argv[1]))

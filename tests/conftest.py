@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from alignpipe.config import ArchitectureConfig
 from alignpipe.data.tokenizer import Tokenizer
+from tests.group import Group
 from tests.project import Project
 
 DATA = Path(os.environ.get("ALIGNPIPE_TEST_DATA", Path(__file__).parents[1] / ".." / "shared"))
@@ -97,6 +98,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("finished") / "outputs")
     project.run()
     return project
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """Two processes that wait for work."""
+    pair = Group(tmp_path_factory.mktemp("group"))
+    yield pair
+    pair.close()
 
 
 @pytest.fixture

@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+from alignpipe.artifact import remove_tree
 from alignpipe.compose.composition import Composed, compose
+from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.runner import run
 from alignpipe.pipeline.status import run_status
+from alignpipe.pipeline.store import TASK, Store
+from alignpipe.pipeline.tasks import stage_task
+from alignpipe.task import Task, write_task
 
 # A chain that takes seconds: it proves how stages fit together, not that they learn.
 SMALL = (
@@ -46,6 +51,19 @@ class Project:
         composed = self.compose(*words)
         run(composed.config, list(words), composed.yaml)
         return self.outputs / "runs" / (self.outputs / "latest").read_text().strip()
+
+    def prepare(self, stage: str, *words: str) -> Task:
+        """Write the task of a stage whose parents are finished, and make its folders anew."""
+        config = self.compose(*words).config
+        plan, store = make_plan(config), Store(self.outputs)
+        task = stage_task(plan.graph.nodes[stage], config, plan, store)
+        if task.target.is_symlink():
+            task.target.unlink()
+        remove_tree(task.target)
+        remove_tree(task.work)
+        task.work.mkdir(parents=True)
+        write_task(task, task.work / TASK)
+        return task
 
     def states(self, name: str | None = None) -> dict[str, str]:
         """State of each stage of a run, the newest by default."""

@@ -5,10 +5,12 @@ prompts -> sampled token ids -> text, EOS or not
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.config import SamplingConfig
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
@@ -67,31 +69,39 @@ def respond(
         Stopped: a signal came; finished prompts are kept.
     """
     journal = context.journal(name)
-    found = [_unpack(record) for record in journal.read()]
-    context.progress.begin(f"sampling {name}", len(prompts), len(found))
-    while len(found) < len(prompts):
-        context.stop.check()
-        chosen = range(len(found), min(len(found) + PROMPTS_PER_RECORD, len(prompts)))
+    found = [_unpack(record) for record in processes.from_main(journal.read)]
+    alone = processes.count() == 1
+
+    def sample(first: int, places: list[int]) -> list[list[Response]]:
+        indices = [first + place for place in places]
         with context.autocast():
             rollout = generate(
                 policy,
-                [list(prompts[index]) for index in chosen],
+                [list(prompts[index]) for index in indices],
                 num_samples=num_samples,
                 max_new_tokens=config.max_response_length,
                 stop_ids=tokenizer.stop_ids,
                 pad_id=tokenizer.pad_id,
                 temperature=config.temperature,
                 seed=config.seed,
-                prompt_ids=list(chosen),
+                prompt_ids=indices,
                 batch_size=config.generation_batch_size,
-                on_batch=context.stop.check,
+                # Several processes must stop at the same point: between records.
+                on_batch=context.stop.check if alone else None,
             )
-        responses = [
+        return [
             [Response(s.ids, tokenizer.decode(s.ids), s.finished) for s in samples]
             for samples in rollout.samples
         ]
-        journal.append({"responses": [asdict(response) for response in row]} for row in responses)
-        found.extend(responses)
+
+    context.progress.begin(f"sampling {name}", len(prompts), len(found))
+    while len(found) < len(prompts):
+        context.check_stop()
+        first = len(found)
+        lengths = [len(prompt) for prompt in prompts[first : first + PROMPTS_PER_RECORD * processes.count()]]
+        found += processes.spread(lengths, partial(sample, first))
+        records = [{"responses": [asdict(response) for response in row]} for row in found[first:]]
+        processes.from_main(partial(journal.append, records))
         context.progress.update(len(found))
     return found
 

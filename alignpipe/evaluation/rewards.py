@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from alignpipe.artifact import read_manifest
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.models.loading import freeze
-from alignpipe.models.scalar_head import load_scalar_model
 from alignpipe.rollout.score import Normalizer, response_scores
 from alignpipe.training.context import Context
 
@@ -49,9 +47,9 @@ def load_reward_model(
     context: Context, tokenizer: Tokenizer, batch_size: int, role: str = "reward_model"
 ) -> RewardModel:
     """The frozen reward model of a stage."""
-    source = context.model(role)
-    model = load_scalar_model(source, tokenizer, context.task.attn_implementation, context.device)
-    return RewardModel(freeze(model), read_normalizer(source.folder()), tokenizer.pad_id, batch_size, context)
+    model = context.load_scalar_model(role, tokenizer, frozen=True)
+    normalizer = read_normalizer(context.model(role).folder())
+    return RewardModel(model, normalizer, tokenizer.pad_id, batch_size, context)
 
 
 def read_normalizer(folder: Path) -> Normalizer:

@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.models.adapters import Adapters, save_adapter
 from alignpipe.models.files import CONFIG
 from alignpipe.models.loading import evaluating, num_rows, quiet
+from alignpipe.models.sharding import in_step, whole_weights
 
 ModelKind = Literal["policy", "reward"]
 PROBE_SHAPE = (3, 16)
@@ -26,7 +28,7 @@ PROBE_SHAPE = (3, 16)
 def save_model(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, adapters: Adapters | None = None
 ) -> None:
-    """Write weights, configuration, tokenizer and chat template.
+    """Write weights, configuration, tokenizer and chat template; of several processes the first one writes.
 
     Args:
         model: a policy or a scalar model, unwrapped.
@@ -37,16 +39,21 @@ def save_model(
     Raises:
         MachineError: the disk refuses it.
     """
-    try:
-        with quiet():
-            if adapters is None:
-                model.save_pretrained(folder)
-            else:
-                save_adapter(model, adapters.base_of(model), folder)
-        tokenizer.save(folder)
-        _add_older_keys(folder / CONFIG)
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{folder}: the model cannot be written ({error}); free some space") from error
+    weights = whole_weights(model)
+
+    def write() -> None:
+        try:
+            with quiet():
+                if adapters is None:
+                    model.save_pretrained(folder, state_dict=weights)
+                else:
+                    save_adapter(model, adapters.base_of(model), folder)
+            tokenizer.save(folder)
+            _add_older_keys(folder / CONFIG)
+        except (OSError, SafetensorError) as error:
+            raise MachineError(f"{folder}: the model cannot be written ({error}); free some space") from error
+
+    processes.from_main(write)
 
 
 def verify_reload(
@@ -65,6 +72,19 @@ def verify_reload(
     Raises:
         CheckpointError: it does not open, or gives other outputs.
     """
+    ids = _probe(model)
+    mine = _outputs(model, ids)
+    processes.from_main(lambda: _compare(model, mine, ids, folder, kind, loading or {}))
+
+
+def _compare(
+    model: PreTrainedModel,
+    mine: Tensor,
+    ids: Tensor,
+    folder: Path,
+    kind: ModelKind,
+    loading: Mapping[str, Any],
+) -> None:
     auto_class = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     try:
         with quiet():
@@ -73,13 +93,12 @@ def verify_reload(
                 attn_implementation=model.config._attn_implementation,
                 local_files_only=True,
                 trust_remote_code=False,
-                **(loading or {}),
+                **loading,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: written, but cannot be opened again ({error})") from error
-    ids = _probe(model)
     reloaded.to(model.device)  # type: ignore[arg-type]
-    mine, theirs = _outputs(model, ids), _outputs(reloaded, ids)
+    theirs = _outputs(reloaded, ids)
     exact = not loading and model.device.type == "cpu" and model.dtype == torch.float32
     same = torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
     if not same:
@@ -112,6 +131,6 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 
 def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.inference_mode(), evaluating(model):
+    with torch.no_grad(), evaluating(model), in_step(model):
         logits: Tensor = model(input_ids=ids).logits
     return logits

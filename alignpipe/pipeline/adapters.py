@@ -10,6 +10,7 @@ from pathlib import Path
 from alignpipe.config import TINY, AdapterConfig, Config, OptimizerConfig
 from alignpipe.errors import ConfigError, MachineError
 from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.launch import SHARDED
 
 ADAPTER = "adapter_config.json"
 # There once the driver of an NVIDIA card is loaded, on Linux and in containers with a card.
@@ -35,7 +36,7 @@ def check_adapters(config: Config, graph: Graph) -> list[str]:
 
     Raises:
         MachineError: peft is missing; for 4 bits, bitsandbytes or a CUDA device.
-        ConfigError: 4 bits are asked of a model that has no files.
+        ConfigError: 4 bits are asked of a model that has no files, or shared weights are to be cut over processes.
     """
     kind = config.adapter.kind
     paths = {ref.path: ref.name for node in graph for ref in node.models.values() if ref.path}
@@ -43,6 +44,11 @@ def check_adapters(config: Config, graph: Graph) -> list[str]:
     if (kind != "none" or read) and find_spec("peft") is None:
         why = f"adapter={kind}" if kind != "none" else f"{read[0]}: has an adapter, which"
         raise MachineError(f"{why} needs peft, which is not installed; pip install 'alignpipe[lora]'")
+    if kind != "none" and config.launch.strategy in SHARDED:
+        raise ConfigError(
+            f"launch.strategy: {config.launch.strategy} cuts every model's weights by itself, while adapters share "
+            f"theirs; take launch=ddp, or adapter=none"
+        )
     if kind == "qlora":
         _check_four_bits(config)
     return [

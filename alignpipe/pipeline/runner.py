@@ -6,8 +6,10 @@ Config -> plan (every check) -> run folder -> each stage in order -> scorecard a
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,19 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
-from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
+from alignpipe.pipeline.launch import run_in_processes, runs_here
 from alignpipe.pipeline.plan import make_plan, reusable
-from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
 from alignpipe.pipeline.store import TASK, Store, read_run
+from alignpipe.pipeline.tasks import stage_task
 from alignpipe.signals import StopSignal
-from alignpipe.task import DataInput, ModelInput, Task, write_task
+from alignpipe.task import write_task
 
 ERROR_LOG = "error.log"
+RENDEZVOUS = "rendezvous"
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def run(config: Config, words: list[str], yaml: str) -> float | None:
@@ -70,25 +74,32 @@ class Runner:
         """Plan, then run the stages."""
         with self._stop.listening():
             self._plan = make_plan(self._config)
-            self._folder = self._open_folder()
+            self._folder = self._store.run(self._plan.run)
+            if self._config.launch.machine_rank == 0:
+                self._open_folder()
             for warning in self._plan.warnings:
                 self._say(f"warning: {warning}")
             began = time.monotonic()
             for node in self._plan.graph.order:
                 self._stop.check()
-                self._bring(node)
+                if self._config.launch.machine_rank == 0:
+                    self._bring(node)
+                else:
+                    self._join(node)
+            if self._config.launch.machine_rank > 0:
+                return None
             self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
             scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
         print_scorecard(scorecard, self._folder, Console(highlight=False))
         return _last_gold(scorecard)
 
-    def _open_folder(self) -> Path:
+    def _open_folder(self) -> None:
         """Make or reopen the run's folder.
 
         Raises:
             ConfigError: a run of this name was made with other settings.
         """
-        folder = self._store.run(self._plan.run)
+        folder = self._folder
         keys = {node.name: node.key for node in self._plan.graph.order}
         known = read_run(folder)
         if known is not None and {stage["name"]: stage["key"] for stage in known["stages"]} != keys:
@@ -111,7 +122,6 @@ class Runner:
         ]
         self._write_run()
         self._store.set_latest(self._plan.run)
-        return folder
 
     def _bring(self, node: Node) -> None:
         """Reuse a stage or make it."""
@@ -119,11 +129,11 @@ class Runner:
         with self._recorded(node):
             manifest = self._finished(node)
             if manifest is None:
-                with self._store.lock(node.kind, node.key, lambda holder: self._wait(node, holder)):
+                with self._store.lock(node.kind, node.key, lambda holder: self._wait(node, holder)) as lock:
                     # Another run may have made it while this one waited.
                     manifest = self._finished(node)
                     if manifest is None:
-                        self._make(node)
+                        self._make(node, lock)
                         self._note(node, state="done", seconds=round(time.monotonic() - began, 1))
                     # Whoever waited made the folder anew to say that it holds the lock.
                     self._store.finish(node.kind, node.key)
@@ -135,56 +145,52 @@ class Runner:
     def _finished(self, node: Node) -> Manifest | None:
         return reusable(self._plan.graph, self._store).get(node.name)
 
-    def _make(self, node: Node) -> None:
-        from alignpipe.worker import run_task  # noqa: PLC0415  (brings torch, which only a stage that runs needs)
-
+    def _make(self, node: Node, lock: int | None) -> None:
         set_aside = self._store.clear(node.kind, node.key)
         if set_aside is not None:
             self._say(f"{node.name}: its finished folder no longer fits and was moved to {set_aside}")
         self._note(node, state="running")
         self._say(f"{node.name} ({node.kind}-{node.key}) {self._reason(node)}")
-        path = self._store.work(node.kind, node.key) / TASK
-        write_task(self._task(node), path)
-        run_task(path, self._console, self._stop)
+        task, path = (
+            stage_task(node, self._config, self._plan, self._store),
+            self._store.work(node.kind, node.key) / TASK,
+        )
+        write_task(task, path)
+        if runs_here(task.launch):
+            from alignpipe.worker import run_task  # noqa: PLC0415  (brings torch, which only a stage that runs needs)
+
+            run_task(path, self._console, self._stop)
+        else:
+            # Written last: the other machines take it as the word to begin.
+            write_text(task.work / RENDEZVOUS, rendezvous_id := uuid.uuid4().hex)
+            run_in_processes(task, path, rendezvous_id, self._stop, lock=lock)
+
+    def _join(self, node: Node) -> None:
+        """Lend this machine's processes to a stage that machine 0 makes, as often as it starts it."""
+        rendezvous, joined = self._store.work(node.kind, node.key) / RENDEZVOUS, ""
+        self._say(f"{node.name} ({node.kind}-{node.key}) waits for machine 0")
+        while self._finished(node) is None:
+            self._stop.check()
+            begun = rendezvous.read_text() if rendezvous.is_file() else joined
+            if begun == joined:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                continue
+            joined = begun
+            task = stage_task(node, self._config, self._plan, self._store)
+            path = task.work / f"machine{task.launch.machine_rank}.{TASK}"
+            write_task(task, path)
+            run_in_processes(
+                task,
+                path,
+                joined,
+                self._stop,
+                abandoned=partial(_is_other, rendezvous, joined),
+            )
+        self._say(f"{node.name:<8} done")
 
     def _reason(self, node: Node) -> str:
         states = self._store.states(node.kind, node.key)
         return f"goes on from {states[-1]}" if states else f"runs: {why_not_reused(node, self._store)}"
-
-    def _task(self, node: Node) -> Task:
-        config = self._config
-        return Task(
-            name=node.name,
-            kind=node.kind,
-            key=node.key,
-            work=self._store.work(node.kind, node.key),
-            target=self._store.stage(node.kind, node.key),
-            config=node.config,
-            models={role: self._model(ref) for role, ref in node.models.items()},
-            data={role: self._data(ref) for role, ref in node.data.items()},
-            chat_template=self._plan.chat_template,
-            architecture=config.model.architecture,
-            attn_implementation=config.model.attn_implementation,
-            launch=config.launch,
-            adapter=stage_adapter(config, node),
-            trackers=list(config.trackers),
-            run=self._plan.run,
-            inputs=node.inputs,
-        )
-
-    def _model(self, ref: ModelRef) -> ModelInput:
-        if ref.stage is None:
-            return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key)
-        parent = self._plan.graph.nodes[ref.stage]
-        return ModelInput(
-            ref.name, str(self._store.stage(parent.kind, parent.key)), None, parent.kind, parent.key
-        )
-
-    def _data(self, ref: DataRef) -> DataInput:
-        if ref.source is not None:
-            return DataInput(ref.source.kind, ref.source.path, ref.share)
-        parent = self._plan.graph.nodes[str(ref.stage)]
-        return DataInput("collect", str(self._store.stage(parent.kind, parent.key)), ref.share, parent.key)
 
     @contextmanager
     def _recorded(self, node: Node) -> Iterator[None]:
@@ -242,6 +248,11 @@ class Runner:
 
     def _say(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
+
+
+def _is_other(rendezvous: Path, joined: str) -> bool:
+    """Whether machine 0 has begun the stage anew."""
+    return rendezvous.is_file() and rendezvous.read_text() != joined
 
 
 def _clock(seconds: float) -> str:

@@ -79,10 +79,11 @@ class Store:
         return set_aside(folder, "replaced") if folder.exists() else None
 
     @contextmanager
-    def lock(self, kind: str, key: str, waiting: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, kind: str, key: str, waiting: Callable[[str], None]) -> Iterator[int | None]:
         """Hold a stage while it is made.
 
-        The kernel frees the lock when its holder dies, however it dies.
+        The kernel frees the lock when its holder dies, however it dies, and every process that it gave the
+        descriptor to; that is what the block gets.
 
         Args:
             kind: of the stage.
@@ -112,7 +113,7 @@ class Store:
             write_json(
                 work / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
             )
-            yield
+            yield lock._context.lock_file_fd
         finally:
             lock.release()
 

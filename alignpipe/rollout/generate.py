@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from alignpipe.errors import ConfigError
 from alignpipe.models.loading import evaluating, max_positions
+from alignpipe.models.sharding import in_step, is_sharded
 from alignpipe.rollout.cache import spread
 from alignpipe.rollout.sampling import pick, uniforms
 
@@ -116,7 +117,9 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
     settings = _Settings(max_new_tokens, tuple(stop_ids), pad_id, temperature or None, seed, step)
     indices = np.asarray(range(len(prompts)) if prompt_ids is None else prompt_ids, dtype=np.int64)
     samples: list[list[Sample]] = [[] for _ in prompts]
-    with torch.inference_mode(), evaluating(model):
+    # Weights that are gathered under inference mode could not be trained afterwards.
+    without_gradients = torch.no_grad() if is_sharded(model) else torch.inference_mode()
+    with without_gradients, evaluating(model), in_step(model):
         for units in _batches([len(prompt) for prompt in prompts], num_samples, batch_size):
             numbers = _numbers(units, indices, settings)
             found = _generate_batch(model, [prompts[unit.prompt] for unit in units], units, numbers, settings)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
 from alignpipe.errors import CheckpointError
 from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.loading import evaluating
 from alignpipe.models.scalar_head import sequence_scores, token_scores
+from alignpipe.models.sharding import in_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +159,20 @@ def _in_batches(
     pad_id: int,
     batch_size: int,
 ) -> Tensor:
-    """Rows of `compute` (b, w) for every example, in the given order, (N, width), 0 beyond w."""
+    """Rows of `compute` (b, w) for every example, in the given order, (N, width), 0 beyond w.
+
+    Every process computes its own part; the parts are added up, each row being zero on all but one of them.
+    """
     result = torch.zeros(len(examples), width)
     # Longest first, so that memory fails early.
-    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids), reverse=True)
-    with torch.no_grad(), evaluating(model):
-        for start in range(0, len(by_length), batch_size):
-            indices = by_length[start : start + batch_size]
+    mine = processes.deal([len(example.ids) for example in examples])
+    with torch.no_grad(), evaluating(model), in_step(model):
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
             batch = collate([examples[index] for index in indices], pad_id).to(model.device)
             found = compute(batch).cpu()
             result[indices, : found.shape[1]] = found
-    return result
+    return processes.sum_tensor(result)
 
 
 def _width(examples: Sequence[Example]) -> int:

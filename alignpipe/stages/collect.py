@@ -5,6 +5,7 @@ prompts -> 4 to 9 responses of the policy -> rankings of several labelers -> one
 
 from typing import Any
 
+from alignpipe import processes
 from alignpipe.config import CollectConfig, LabelersConfig
 from alignpipe.data.embedded import labeler_settings
 from alignpipe.data.encoding import encode_prompts
@@ -13,7 +14,6 @@ from alignpipe.data.sources import write_rankings
 from alignpipe.errors import DataError
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.responses import respond
-from alignpipe.models.loading import load_policy
 from alignpipe.toy.labelers import merge_rankings, rank_responses
 from alignpipe.training.context import Context
 
@@ -23,7 +23,7 @@ RANKINGS = "rankings.jsonl"
 def run(config: CollectConfig, context: Context) -> dict[str, Any]:
     """Write rankings of the policy's own responses as a data set."""
     tokenizer = context.tokenizer("policy")
-    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    policy = context.load_policy("policy", tokenizer)
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
     prompts = encoded.examples[: config.num_prompts]
@@ -47,8 +47,7 @@ def run(config: CollectConfig, context: Context) -> dict[str, Any]:
             f"{context.task.name}: no prompt got two different responses, so there is nothing to rank; "
             f"raise temperature or num_samples"
         )
-    context.result.mkdir(parents=True, exist_ok=True)
-    write_rankings(rankings, context.result / RANKINGS)
+    processes.from_main(lambda: write_rankings(rankings, context.result / RANKINGS))
     sizes = [len(ranking.responses) for ranking in rankings]
     figures = {
         "prompts": len(rankings),

@@ -21,7 +21,6 @@ from alignpipe.errors import DataError
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.dpo import dpo_loss
 from alignpipe.models.forward import batch_logprobs
-from alignpipe.models.loading import freeze, load_policy
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
@@ -52,7 +51,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
         held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[: config.eval_rows]
-    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    policy = context.load_policy("policy", tokenizer)
 
     def logprobs(examples: Sequence[Example]) -> Tensor:
         batch = collate(examples, tokenizer.pad_id).to(context.device)
@@ -79,7 +78,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         )
 
     def evaluate() -> dict[str, float]:
-        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+        return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
     after = fit(policy, pairs, loss_fn, config, context, evaluate)
     context.save_checkpoint(policy, tokenizer, "policy")
@@ -103,9 +102,7 @@ def _pairs(
     rows = encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
     if not rows:
         return []
-    reference = freeze(
-        load_policy(context.model("reference"), tokenizer, context.task.attn_implementation, context.device)
-    )
+    reference = context.load_policy("reference", tokenizer, frozen=True)
     flat = [example for row in rows for example in row.examples]
     with context.autocast():
         scored = iter(sequence_logprobs(reference, flat, tokenizer.pad_id, config.micro_batch_size).tolist())

@@ -3,7 +3,6 @@
 policies, evaluation prompts -> one sampled response each -> figures a policy, gains between neighbours
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignpipe import processes
+from alignpipe.artifact import write_json
 from alignpipe.config import TOY, EvalConfig
 from alignpipe.data.encoding import Example, encode_prompts
 from alignpipe.data.records import Message, Prompt, prompt_text
@@ -21,7 +22,6 @@ from alignpipe.evaluation.prejudice import group_gaps, swapped_prompts
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import RewardModel, load_reward_model
 from alignpipe.evaluation.statistics import mean_interval, paired_interval
-from alignpipe.models.loading import freeze, load_policy
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 
@@ -59,9 +59,7 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
     gaps: list[dict[str, float] | None] = []
     for index in range(len(config.policies)):
         context.check_same_tokens(f"policy_{index}", tokenizer)
-        policy = load_policy(
-            context.model(f"policy_{index}"), tokenizer, context.task.attn_implementation, context.device
-        )
+        policy = context.load_policy(f"policy_{index}", tokenizer)
         policy.train(False)
         rows = [row[0] for row in respond(policy, tokenizer, prompts, 1, config, context, f"policy_{index}")]
         columns.append(_columns(texts, prompts, rows, reward_model, judged))
@@ -83,8 +81,7 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
 
     policies = [_summary(column, gap) for column, gap in zip(columns, gaps, strict=True)]
     scores = {"num_prompts": len(prompts), "policies": policies, "gains": _gains(columns)}
-    context.result.mkdir(parents=True, exist_ok=True)
-    (context.result / SCORES).write_text(json.dumps(scores, indent=2), encoding="utf-8")
+    processes.from_main(lambda: write_json(context.result / SCORES, scores))
     for name, rows in zip(config.policies, answers, strict=True):
         shown = zip(texts[:4], rows[:4], strict=True)
         context.metrics.samples(
@@ -128,11 +125,11 @@ def _add_kl(
     if config.reference is None:
         return
     context.check_same_tokens("reference", tokenizer)
-    attention, device, size = context.task.attn_implementation, context.device, config.generation_batch_size
-    reference = freeze(load_policy(context.model("reference"), tokenizer, attention, device))
+    size = config.generation_batch_size
+    reference = context.load_policy("reference", tokenizer, frozen=True)
     for index, (rows, column) in enumerate(zip(answers, columns, strict=True)):
-        context.stop.check()
-        policy = freeze(load_policy(context.model(f"policy_{index}"), tokenizer, attention, device))
+        context.check_stop()
+        policy = context.load_policy(f"policy_{index}", tokenizer, frozen=True)
         examples = _examples(prompts, rows)
         with context.autocast():
             own, other = (

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example, encode_prompts
@@ -39,8 +40,8 @@ from alignpipe.losses.ppo import (
     value_loss,
 )
 from alignpipe.models.forward import batch_logprobs
-from alignpipe.models.loading import freeze, load_policy
-from alignpipe.models.scalar_head import load_scalar_model, token_scores
+from alignpipe.models.scalar_head import token_scores
+from alignpipe.rollout.generate import Sample as Sampled
 from alignpipe.rollout.generate import generate
 from alignpipe.rollout.score import response_logprobs, response_values
 from alignpipe.training.context import Context
@@ -135,9 +136,11 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             figures = context.metrics.log(step, figures, tokens=tokens)
             context.metrics.samples(step, _rows(asked, answers, scores)[:NUM_LOGGED])
         context.progress.update(done, figures)
-        if context.stop.requested or done % config.save_steps == 0:
+        stopping = context.stopping()
+        if stopping or done % config.save_steps == 0:
             context.save(step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef})
-        context.stop.check()
+        if stopping:
+            context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")
     return {"reward": figures.get("objective/score"), "kl": figures.get("objective/kl"), "kl_coef": kl_coef}
 
@@ -145,12 +148,11 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
     context.check_same_tokens("reference", tokenizer)
     context.check_same_tokens("reward_model", tokenizer)
-    attention, device = context.task.attn_implementation, context.device
-    policy = load_policy(context.model("policy"), tokenizer, attention, device)
-    value = load_scalar_model(context.model("reward_model"), tokenizer, attention, device)
+    policy = context.load_policy("policy", tokenizer)
+    value = context.load_scalar_model("reward_model", tokenizer)
     return Models(
         policy=policy,
-        reference=freeze(load_policy(context.model("reference"), tokenizer, attention, device)),
+        reference=context.load_policy("reference", tokenizer, frozen=True),
         value=value,
         reward=load_reward_model(context, tokenizer, config.micro_batch_size),
         policy_optimizer=make_optimizer(policy, config),
@@ -169,21 +171,25 @@ def _sample(
 ) -> tuple[list[Example], list[bool]]:
     """Prompts with fresh responses, and which of them ended by themselves."""
     policy.train(False)
-    with context.autocast():
-        sampled = generate(
-            policy,
-            [list(prompts[index]) for index in chosen],
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_response_length,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=config.temperature,
-            seed=config.seed,
-            step=rollout,
-            prompt_ids=list(chosen),
-            batch_size=config.generation_batch_size,
-        )
-    flat = [(index, sample) for index, row in zip(chosen, sampled.samples, strict=True) for sample in row]
+
+    def sample(places: list[int]) -> list[list[Sampled]]:
+        with context.autocast():
+            return generate(
+                policy,
+                [list(prompts[chosen[place]]) for place in places],
+                num_samples=config.num_samples,
+                max_new_tokens=config.max_response_length,
+                stop_ids=tokenizer.stop_ids,
+                pad_id=tokenizer.pad_id,
+                temperature=config.temperature,
+                seed=config.seed,
+                step=rollout,
+                prompt_ids=[chosen[place] for place in places],
+                batch_size=config.generation_batch_size,
+            ).samples
+
+    sampled = processes.spread([len(prompts[index]) for index in chosen], sample)
+    flat = [(index, sample) for index, row in zip(chosen, sampled, strict=True) for sample in row]
     examples = [
         Example([*prompts[index], *sample.ids], [False] * len(prompts[index]) + [True] * len(sample.ids))
         for index, sample in flat

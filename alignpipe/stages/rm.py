@@ -18,7 +18,7 @@ from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 from alignpipe.evaluation.ranking import pair_report
 from alignpipe.losses.rm import kwise_losses, pair_accuracy
-from alignpipe.models.scalar_head import load_scalar_model, sequence_scores
+from alignpipe.models.scalar_head import sequence_scores
 from alignpipe.rollout.score import Normalizer, response_scores
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
@@ -29,13 +29,7 @@ MAX_DEMONSTRATIONS = 1000
 def run(config: RMConfig, context: Context) -> dict[str, Any]:
     """Train a scalar head and its backbone, starting from `policy`, to agree with the rankings."""
     tokenizer = context.tokenizer("policy")
-    model = load_scalar_model(
-        context.model("policy"),
-        tokenizer,
-        context.task.attn_implementation,
-        context.device,
-        seed=config.seed,
-    )
+    model = context.load_scalar_model("policy", tokenizer, seed=config.seed)
     rows = _encode(config, tokenizer, context)
     held_out: list[RankedExample] = []
     # All of them may be too long; that matters for the rows trained on alone.
@@ -57,7 +51,7 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
         )
 
     def evaluate() -> dict[str, float]:
-        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+        return mean_losses(model, held_out, loss_fn, config.micro_batch_size, context)
 
     after = fit(model, rows, loss_fn, config, context, evaluate)
     normalizer = _demonstration_scores(model, tokenizer, config, context)

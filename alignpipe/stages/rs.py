@@ -22,7 +22,6 @@ from alignpipe.evaluation.rewards import load_reward_model
 from alignpipe.losses.best_of_n import best_of_n
 from alignpipe.losses.sft import sft_loss
 from alignpipe.models.forward import batch_logprobs
-from alignpipe.models.loading import load_policy
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
 
@@ -33,7 +32,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     """Fine-tune `policy` on the best of its own responses."""
     tokenizer = context.tokenizer("policy")
     context.check_same_tokens("reward_model", tokenizer)
-    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    policy = context.load_policy("policy", tokenizer)
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
     prompts = encoded.examples[: config.num_prompts]
@@ -66,7 +65,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         return StepOutput(losses=sft_loss(batch_logprobs(policy, batch), batch.loss_mask[:, 1:]))
 
     def evaluate() -> dict[str, float]:
-        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+        return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
     after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
     context.save_checkpoint(policy, tokenizer, "policy")

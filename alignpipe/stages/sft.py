@@ -16,7 +16,6 @@ from alignpipe.errors import DataError
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.sft import sft_loss
 from alignpipe.models.forward import batch_logprobs
-from alignpipe.models.loading import load_policy
 from alignpipe.training.context import Context
 from alignpipe.training.loop import StepOutput, fit, mean_losses
 
@@ -24,7 +23,7 @@ from alignpipe.training.loop import StepOutput, fit, mean_losses
 def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     """Train `policy` on the demonstrations of its share of prompts."""
     tokenizer = context.tokenizer("policy")
-    policy = load_policy(context.model("policy"), tokenizer, context.task.attn_implementation, context.device)
+    policy = context.load_policy("policy", tokenizer)
     rows = _encode(config, tokenizer, context)
     held_out: list[Example] = []
     # All of them may be too long; that matters for the rows trained on alone.
@@ -36,7 +35,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         return StepOutput(losses=sft_loss(batch_logprobs(policy, batch), batch.loss_mask[:, 1:]))
 
     def evaluate() -> dict[str, float]:
-        return mean_losses(held_out, loss_fn, config.micro_batch_size, context)
+        return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
     before = evaluate()
     after = fit(policy, rows, loss_fn, config, context, evaluate)

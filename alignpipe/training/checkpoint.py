@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from alignpipe import processes
 from alignpipe.artifact import Manifest, damage, publish, read_manifest, remove_tree, seal
 from alignpipe.errors import CheckpointError, MachineError
 
-TENSORS = "state.safetensors"
+TENSORS = "state"
+OFFSETS = "first_rows"
+RANDOM_STATE = "rng.cpu"
 VALUES = "values.json"
 KEPT = 2
 
@@ -31,8 +35,10 @@ def save_state(
 ) -> None:
     """Write everything a stage needs to go on from `step`, durably, then drop all but the newest two.
 
+    Sharded tensors are written by every process, its own rows each; the rest by the first one.
+
     Args:
-        states: folder of the stage's states.
+        states: folder of the stage's states, on a disk that all processes share.
         step: that is done.
         modules: trained modules by name.
         optimizers: by name.
@@ -42,23 +48,21 @@ def save_state(
         MachineError: the disk is full or read-only.
     """
     final = states / f"step-{step:06d}"
-    if final.exists():
-        return
     temporary = states / f".step-{step:06d}.tmp"
-    remove_tree(temporary)
+    if not processes.from_main(lambda: _begin(final, temporary, step)):
+        return
+    failure: Exception | None = None
     try:
-        temporary.mkdir(parents=True)
-        save_file(_tensors(modules, optimizers), temporary / TENSORS)
-        (temporary / VALUES).write_text(json.dumps(dict(values)), encoding="utf-8")
-        seal(temporary, Manifest(kind="state", key=str(step), versions={"torch": torch.__version__}))
+        tensors, offsets = _own_rows(_tensors(modules, optimizers))
+        if tensors:
+            path = temporary / f"{TENSORS}-{processes.rank():05d}.safetensors"
+            save_file(tensors, path, metadata={OFFSETS: json.dumps(offsets)})
     except (OSError, SafetensorError) as error:
-        remove_tree(temporary)
-        raise MachineError(
-            f"{states}: the state of step {step} cannot be written ({error}); free some space"
-        ) from error
-    publish(temporary, final)
-    for old in _steps(states)[KEPT:]:
-        remove_tree(old)
+        failure = error
+    if processes.any_of(failure is not None):
+        processes.from_main(lambda: remove_tree(temporary))
+        raise _cannot_write(states, step, failure or "another process failed")
+    processes.from_main(lambda: _publish(temporary, final, step, values))
 
 
 def load_newest_state(
@@ -66,32 +70,130 @@ def load_newest_state(
 ) -> dict[str, Any] | None:
     """Put modules and optimizers back to the newest state whose files agree with their hashes.
 
+    The number of processes, and whether weights are sharded, may differ from when it was saved.
+
     Returns:
         The values saved with it, or None where there is no valid state.
 
     Raises:
         CheckpointError: the state is whole but was made by another model.
     """
-    for folder in _steps(states):
-        if not _valid(folder):
-            # Out of the way, so that the same step can be saved again; kept, so that it can be looked at.
-            remove_tree(states / f"corrupt-{folder.name}")
-            folder.rename(states / f"corrupt-{folder.name}")
-            continue
-        tensors = load_file(folder / TENSORS)
-        for name, target in _tensors(modules, {}).items():
-            if name == "rng.cpu":
+    folder = processes.from_main(lambda: _newest_valid(states))
+    if folder is None:
+        return None
+    saved = _SavedRows(folder)
+    for name, target in _tensors(modules, {}).items():
+        if name != RANDOM_STATE:
+            saved.fill(name, target)
+    for name, optimizer in optimizers.items():
+        _restore_optimizer(optimizer, f"optimizer.{name}.", saved)
+    random_state = torch.get_rng_state()
+    saved.fill(RANDOM_STATE, random_state)
+    torch.set_rng_state(random_state)
+    values: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    return values
+
+
+class _SavedRows:
+    """The tensors of a state, whichever processes wrote which of their rows.
+
+    Args:
+        folder: of the state.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: dict[str, list[tuple[int, Any]]] = {}
+        for path in sorted(folder.glob(f"{TENSORS}-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            offsets = json.loads(file.metadata()[OFFSETS])  # type: ignore[no-untyped-call]
+            for name in offsets:
+                self._parts.setdefault(name, []).append((offsets[name], file))
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of tensors that begin so."""
+        return [name for name in self._parts if name.startswith(prefix)]
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a whole tensor."""
+        shapes = [file.get_slice(name).get_shape() for _, file in self._parts[name]]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Copy a tensor's values, or of a sharded one this process's rows.
+
+        Raises:
+            CheckpointError: there is none of this name and shape.
+        """
+        if name not in self._parts or self.shape(name) != list(target.shape):
+            raise CheckpointError(
+                f"{self._folder}: {name} does not fit the model; remove the folder and run again"
+            )
+        first, own = _rows(target)
+        for offset, file in self._parts[name]:
+            part = file.get_slice(name)
+            if not own.dim():
+                own.copy_(file.get_tensor(name))
                 continue
-            if name not in tensors or tensors[name].shape != target.shape:
-                raise CheckpointError(
-                    f"{folder}: {name} does not fit the model; remove the folder and run again"
-                )
-            target.copy_(tensors[name])
-        for name, optimizer in optimizers.items():
-            _restore_optimizer(optimizer, f"optimizer.{name}.", tensors)
-        torch.set_rng_state(tensors["rng.cpu"])
-        values: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-        return values
+            start, end = max(first, offset), min(first + len(own), offset + part.get_shape()[0])
+            if start < end:
+                own[start - first : end - first] = part[start - offset : end - offset].to(own.device)
+
+
+def _rows(tensor: Tensor) -> tuple[int, Tensor]:
+    """This process's rows of a tensor, and the number of the first; all of them where it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor
+    # As torch.chunk cuts: all slices of the same size but for the last ones.
+    chunk = -(-tensor.shape[0] // processes.count())
+    return min(chunk * processes.rank(), tensor.shape[0]), tensor.to_local()
+
+
+def _own_rows(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What this process writes: its rows of sharded tensors, on the first process all others too."""
+    rows, offsets = {}, {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) or processes.is_main():
+            offsets[name], own = _rows(tensor)
+            rows[name] = own.contiguous()
+    return rows, offsets
+
+
+def _begin(final: Path, temporary: Path, step: int) -> bool:
+    """Make the folder that a state is written into; False where the state is there already."""
+    if final.exists():
+        return False
+    remove_tree(temporary)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _cannot_write(final.parent, step, error) from error
+    return True
+
+
+def _publish(temporary: Path, final: Path, step: int, values: Mapping[str, Any]) -> None:
+    try:
+        (temporary / VALUES).write_text(json.dumps(dict(values)), encoding="utf-8")
+        seal(temporary, Manifest(kind="state", key=str(step), versions={"torch": torch.__version__}))
+    except OSError as error:
+        remove_tree(temporary)
+        raise _cannot_write(final.parent, step, error) from error
+    publish(temporary, final)
+    for old in _steps(final.parent)[KEPT:]:
+        remove_tree(old)
+
+
+def _cannot_write(states: Path, step: int, why: object) -> MachineError:
+    return MachineError(f"{states}: the state of step {step} cannot be written ({why}); free some space")
+
+
+def _newest_valid(states: Path) -> Path | None:
+    for folder in _steps(states):
+        if _valid(folder):
+            return folder
+        # Out of the way, so that the same step can be saved again; kept, so that it can be looked at.
+        remove_tree(states / f"corrupt-{folder.name}")
+        folder.rename(states / f"corrupt-{folder.name}")
     return None
 
 
@@ -107,16 +209,19 @@ def _tensors(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimize
         for index, moments in optimizer.state_dict()["state"].items():
             for key, tensor in moments.items():
                 found[f"optimizer.{name}.{index}.{key}"] = tensor
-    found["rng.cpu"] = torch.get_rng_state()
+    found[RANDOM_STATE] = torch.get_rng_state()
     return found
 
 
-def _restore_optimizer(optimizer: Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizer(optimizer: Optimizer, prefix: str, saved: _SavedRows) -> None:
+    """Moments take the layout of their weights, so that sharded ones are cut like those."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+    for name in saved.names(prefix):
+        index, key = name.removeprefix(prefix).split(".", 1)
+        moment = torch.zeros_like(parameters[int(index)]) if saved.shape(name) else torch.zeros(())
+        saved.fill(name, moment.detach())
+        state.setdefault(int(index), {})[key] = moment.detach()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,19 +1,21 @@
 """What a stage works with beside its configuration: device, inputs, folders, figures, the stop signal."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from alignpipe import processes
+from alignpipe.artifact import remove_tree
 from alignpipe.config import DataConfig
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
 from alignpipe.data.shares import in_share
@@ -21,12 +23,14 @@ from alignpipe.data.sources import DataSource, RecordSet, read_records, readable
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters
-from alignpipe.models.loading import ModelSource, load_policy
+from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
+from alignpipe.models.sharding import shard
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.checkpoint import load_newest_state, save_state
+from alignpipe.training.gradients import LossScale
 from alignpipe.training.journal import Journal
 from alignpipe.training.metrics import MetricLog
 from alignpipe.training.progress import StageProgress
@@ -51,6 +55,7 @@ class Context:
         metrics: where figures go.
         progress: what the user sees.
         stop: whether a signal came.
+        loss_scale: of float16 gradients.
     """
 
     task: Task
@@ -58,6 +63,7 @@ class Context:
     metrics: MetricLog
     progress: StageProgress
     stop: StopSignal
+    loss_scale: LossScale = field(default_factory=LossScale)
     # A stage reads its file once, though it takes what it trains on and what it holds out from it.
     _read: dict[tuple[str, type[Record]], RecordSet] = field(default_factory=dict)
 
@@ -79,8 +85,27 @@ class Context:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the launch's precision; weights stay float32."""
-        autocast: AbstractContextManager[Any] = self.accelerator.autocast()
-        return autocast
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.task.launch.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def saved_activations(self) -> AbstractContextManager[Any]:
+        """Keep what the backward pass needs on the CPU, where the launch says so."""
+        if not self.task.launch.activation_offload:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
+
+    def stopping(self) -> bool:
+        """Whether a signal came to any process; all of them ask at the same point."""
+        return processes.any_of(self.stop.requested)
+
+    def check_stop(self) -> None:
+        """End here, where nothing needs saving first, if a signal came to any process.
+
+        Raises:
+            Stopped: on every process.
+        """
+        if self.stopping():
+            self.stop.end()
 
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
@@ -100,6 +125,31 @@ class Context:
             CheckpointError: the role's tokenizer differs from the policy's, so ids of one mean nothing to the other.
         """
         return load_tokenizer(self.model(role), self.task.chat_template)
+
+    def load_policy(self, role: str, tokenizer: Tokenizer, *, frozen: bool = False) -> PreTrainedModel:
+        """The language model of a role, placed as the launch says; `frozen` takes its gradients off."""
+        model = load_policy(self.model(role), tokenizer, self.task.attn_implementation, self._loading_device)
+        return self._placed(freeze(model) if frozen else model)
+
+    def load_scalar_model(
+        self, role: str, tokenizer: Tokenizer, *, seed: int | None = None, frozen: bool = False
+    ) -> PreTrainedModel:
+        """The reward or value model of a role, placed as the launch says; `seed` draws a new head."""
+        model = load_scalar_model(
+            self.model(role), tokenizer, self.task.attn_implementation, self._loading_device, seed=seed
+        )
+        return self._placed(freeze(model) if frozen else model)
+
+    @property
+    def _loading_device(self) -> torch.device:
+        """Weights that will be cut over the processes are never whole on one device."""
+        return torch.device("cpu") if self.task.launch.strategy == "fsdp2" else self.device
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        launch = self.task.launch
+        if launch.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        return shard(model, launch, self.device) if launch.strategy == "fsdp2" else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
         """Make sure that a second model reads the ids and the template of the first.
@@ -130,7 +180,7 @@ class Context:
             source = DataSource(data.kind, data.path, config)
             self._read[role, want] = read_records(source, RECORD_TYPE[want])
         found = self._read[role, want]
-        if found.rejected:
+        if found.rejected and processes.is_main():
             write_rejected(found.rejected, self.task.work / REJECTED)
         salt = "collect" if data.kind == "collect" else ""
         records = cast(list[AnyRecord], found.records)
@@ -153,7 +203,8 @@ class Context:
         values: Mapping[str, Any],
     ) -> None:
         """Save a state to go on from."""
-        save_state(self.states, step, modules, optimizers, {**values, "step": step})
+        scale = {"loss_scale": [self.loss_scale.value, self.loss_scale.good_steps]}
+        save_state(self.states, step, modules, optimizers, {**scale, **values, "step": step})
 
     def save_checkpoint(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> None:
         """Write the model as the stage's result, and open it once more as any user would.
@@ -172,9 +223,12 @@ class Context:
     def _merged(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> PreTrainedModel:
         """Whole weights: the adapter added to the base as the files hold it, since in memory others stand on it."""
         load = load_policy if kind == "policy" else load_scalar_model
-        with TemporaryDirectory(dir=self.task.work) as folder:
-            save_model(model, tokenizer, Path(folder), self.adapters)
-            return load(ModelSource(folder), tokenizer, self.task.attn_implementation, self.device)
+        folder = self.task.work / "adapter"
+        save_model(model, tokenizer, folder, self.adapters)
+        whole = load(ModelSource(str(folder)), tokenizer, self.task.attn_implementation, self.device)
+        processes.any_of(False)  # until every process has read it
+        processes.from_main(lambda: remove_tree(folder))
+        return whole
 
     def resume(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
         """Go back to the newest valid state.
@@ -183,6 +237,8 @@ class Context:
             Its values; `{"step": 0}` when the stage starts afresh.
         """
         values = load_newest_state(self.states, modules, optimizers) or {"step": 0}
+        if "loss_scale" in values:
+            self.loss_scale = LossScale(*values["loss_scale"])
         self.metrics.rewind(values["step"])
         return values
 

@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from alignpipe import processes
 from alignpipe.config import OptimizerConfig, TrainingConfig, num_steps
 from alignpipe.data.order import batches
 from alignpipe.errors import NumericalError
+from alignpipe.models.sharding import in_step, is_sharded
 from alignpipe.training.context import Context
+from alignpipe.training.gradients import clip_gradients, sum_gradients
 from alignpipe.training.metrics import Averages
-from alignpipe.training.optim import make_optimizer, schedule, set_learning_rate
+from alignpipe.training.optim import make_optimizer, schedule, set_learning_rate, step_with_moments
 
 
 class Row(Protocol):
@@ -102,9 +105,11 @@ def fit(
             context.progress.update(done, figures)
         if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
             _log_held_out(model, evaluate, context, done)
-        if context.stop.requested or done % config.save_steps == 0:
+        stopping = context.stopping()
+        if stopping or done % config.save_steps == 0:
             context.save(done, {"model": model}, {"model": optimizer}, {})
-        context.stop.check()
+        if stopping:
+            context.stop.end()
     return _log_held_out(model, evaluate, context, total)
 
 
@@ -116,7 +121,15 @@ def optimizer_step(
     config: OptimizerConfig,
     context: Context,
 ) -> dict[str, tuple[float, float]]:
-    """One update: gradients of all micro-batches, divided by the items of the whole step.
+    """One update: gradients of all micro-batches of all processes, divided by the items of the whole step.
+
+    Args:
+        model: trained in place.
+        optimizer: over its parameters.
+        rows: of the whole step; every process gets the same and works on its own part of them.
+        loss_fn: a micro-batch of rows -> losses per item.
+        config: micro-batch, clipping.
+        context: precision, loss scale.
 
     Returns:
         Figures of the step as (sum, count): the loss, the gradient norm, and what `loss_fn` measured.
@@ -125,42 +138,69 @@ def optimizer_step(
         NumericalError: before the update, when the loss or the gradient is not finite.
     """
     num_items = sum(row.num_items for row in rows)
-    figures: dict[str, tuple[float, float]] = {}
-    loss_sum = 0.0
-    for micro in micro_batches(rows, config.micro_batch_size):
-        with context.autocast():
+    figures = {"loss": (0.0, 0.0)}
+    for micro, weight in _own_micro_batches(model, rows, config.micro_batch_size):
+        with context.autocast(), context.saved_activations():
             output = loss_fn(micro)
-        loss = output.losses.sum() / num_items
-        context.accelerator.backward(loss)
-        loss_sum += float(loss.detach())
-        for name, (value, count) in output.metrics.items():
+        loss = output.losses.sum() * weight / num_items
+        (loss * context.loss_scale.value).backward()  # type: ignore[no-untyped-call]
+        for name, (value, count) in {"loss": (float(loss.detach()), 0.0), **output.metrics}.items():
             before = figures.get(name, (0.0, 0.0))
-            figures[name] = (before[0] + value, before[1] + count)
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            figures[name] = (before[0] + value * weight, before[1] + count * weight)
+    sum_gradients(model.parameters())
+    figures = processes.sum_figures(figures)
+    loss_sum = figures["loss"][0]
+    norm = clip_gradients(model.parameters(), config.max_grad_norm, context.loss_scale.value)
+    # With a loss scale the gradient of a sound loss may overflow, and the next step has half the scale.
+    overflow = context.loss_scale.overflowed(math.isfinite(norm))
+    if not math.isfinite(loss_sum) or not (overflow or math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NumericalError(
             f"{context.task.name}: loss {loss_sum}, gradient norm {norm}: not finite; "
             f"lower learning_rate ({config.learning_rate:g}) or look at the rows of this step"
         )
-    optimizer.step()
+    if not overflow:
+        step_with_moments(optimizer, offload=context.task.launch.optimizer_offload)
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": (loss_sum, 1.0), "grad_norm": (norm, 1.0), **figures}
+    return {**figures, "loss": (loss_sum, 1.0), **({} if overflow else {"grad_norm": (norm, 1.0)})}
+
+
+def _own_micro_batches(
+    model: PreTrainedModel, rows: Sequence[AnyRow], size: int
+) -> Iterator[tuple[list[AnyRow], float]]:
+    """This process's micro-batches of a step, each with its weight.
+
+    Sharded weights are gathered by all processes together, so all must make the same number of forwards: one that
+    has fewer rows repeats its last micro-batch at weight 0.
+    """
+    mine = list(micro_batches([rows[i] for i in processes.deal([row.num_tokens for row in rows])], size))
+    for micro in mine:
+        yield micro, 1.0
+    if is_sharded(model):
+        most = math.ceil(math.ceil(len(rows) / processes.count()) / size)
+        for _ in range(len(mine), most):
+            yield mine[-1], 0.0
 
 
 @torch.no_grad()
 def mean_losses(
-    rows: Sequence[AnyRow], loss_fn: Callable[[Sequence[AnyRow]], StepOutput], size: int, context: Context
+    model: PreTrainedModel,
+    rows: Sequence[AnyRow],
+    loss_fn: Callable[[Sequence[AnyRow]], StepOutput],
+    size: int,
+    context: Context,
 ) -> dict[str, float]:
-    """The loss and its figures over held-out rows, without training on them."""
+    """The loss and its figures over held-out rows, each process on its part of them, without training on them."""
     averages = Averages()
-    for micro in micro_batches(rows, size):
-        with context.autocast():
-            output = loss_fn(micro)
-        averages.add("loss", float(output.losses.sum()), sum(row.num_items for row in micro))
-        for name, (value, count) in output.metrics.items():
-            averages.add(name, value, count)
-    return averages.means()
+    mine = [rows[index] for index in processes.deal([row.num_tokens for row in rows])]
+    with in_step(model):
+        for micro in micro_batches(mine, size):
+            with context.autocast():
+                output = loss_fn(micro)
+            averages.add("loss", float(output.losses.sum()), sum(row.num_items for row in micro))
+            for name, (value, count) in output.metrics.items():
+                averages.add(name, value, count)
+    return averages.summed().means()
 
 
 def _log_held_out(

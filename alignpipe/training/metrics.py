@@ -12,12 +12,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from alignpipe import processes
+
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 
 class MetricLog:
-    """Writes the figures of one stage.
+    """Writes the figures of one stage; of several processes the first one writes.
 
     Args:
         folder: where the two files grow.
@@ -33,7 +35,7 @@ class MetricLog:
         """Forget what was written after a step: training goes on from there."""
         for name in (METRICS, SAMPLES):
             path = self._folder / name
-            if path.is_file():
+            if processes.is_main() and path.is_file():
                 kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
                 path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -65,6 +67,8 @@ class MetricLog:
             self._append(SAMPLES, {"step": step, **row})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if not processes.is_main():
+            return
         with (self._folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -80,6 +84,14 @@ class Averages:
         """Add a sum over `count` items."""
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def summed(self) -> "Averages":
+        """The same over all processes."""
+        total = Averages()
+        pairs = {name: (value, self._counts[name]) for name, value in self._sums.items()}
+        for name, (value, count) in processes.sum_figures(pairs).items():
+            total.add(name, value, count)
+        return total
 
     def means(self) -> dict[str, float]:
         """The mean of every figure so far."""

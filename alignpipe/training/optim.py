@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from alignpipe.config import AdapterConfig, OptimizerConfig, PPOConfig, StageConfig
@@ -64,6 +65,27 @@ def schedule(step: int, num_steps: int, config: OptimizerConfig) -> float:
     done = (step - warmup) / max(1, num_steps - warmup)
     decay = 0.5 * (1 + math.cos(math.pi * done)) if config.lr_schedule == "cosine" else 1 - done
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * decay
+
+
+def step_with_moments(optimizer: AdamW, *, offload: bool) -> None:
+    """Update the weights; the moments stay on the CPU between steps where `offload` says so.
+
+    Moments are needed in the step alone, where activations are gone, so the peak is the larger of the two rather
+    than their sum, at the price of moving eight bytes a weight there and back. Sharded moments are offloaded with
+    their weights.
+    """
+    if offload:
+        _move_moments(optimizer, to_weights=True)
+    optimizer.step()
+    if offload:
+        _move_moments(optimizer, to_weights=False)
+
+
+def _move_moments(optimizer: AdamW, *, to_weights: bool) -> None:
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if moment.dim() and not isinstance(moment, DTensor):
+                moments[name] = moment.to(parameter.device if to_weights else "cpu")
 
 
 def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:

@@ -112,3 +112,8 @@ def test_four_bits_are_refused_where_they_cannot_run(
         make_plan(replace(config, launch=replace(config.launch, device="cpu")))
     with pytest.raises(ConfigError, match="model=tiny has none"):
         make_plan(config)
+
+
+def test_shared_weights_are_not_cut_over_processes(project: Project) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.strategy: fsdp2 .* take launch=ddp, or adapter=none"):
+        make_plan(project.compose("adapter=lora", "launch=fsdp2").config)

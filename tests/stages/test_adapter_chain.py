@@ -132,7 +132,7 @@ def test_stopped_and_resumed_equals_never_stopped(
         patched.setattr(Context, "save", stopping)
         with pytest.raises(Stopped):
             adapted.run(*words)
-    state = load_file(next((adapted.outputs / "work").glob("ppo-*/states/step-*/state.safetensors")))
+    state = load_file(next((adapted.outputs / "work").glob("ppo-*/states/step-*/state*.safetensors")))
     trained = {name for name in state if name.startswith("module.")}
     assert trained and all("lora_" in name or "score" in name for name in trained)
     adapted.run(*words)

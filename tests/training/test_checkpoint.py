@@ -86,7 +86,7 @@ def test_any_flipped_bit_is_found_and_the_state_before_is_used(tmp_path: Path, t
     assert load_newest_state(tmp_path, {"model": model}, {"model": optimizer}) == {"step": 2, "kl_coef": 0.25}
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "values.json", "alignpipe.json"])
+@pytest.mark.parametrize("name", ["state-00000.safetensors", "values.json", "alignpipe.json"])
 def test_half_written_state_is_passed_over(tmp_path: Path, name: str) -> None:
     model, optimizer = _trained()
     _save(tmp_path, 1, model, optimizer)
@@ -120,7 +120,7 @@ def test_state_holds_no_pickle(tmp_path: Path) -> None:
     folder = tmp_path / "step-000001"
     assert sorted(path.name for path in folder.iterdir()) == [
         "alignpipe.json",
-        "state.safetensors",
+        "state-00000.safetensors",
         "values.json",
     ]
     assert json.loads((folder / "values.json").read_text())["step"] == 1

@@ -1,0 +1,52 @@
+"""A stage of the plan -> the task that its processes read: every name a path, every path in the store."""
+
+from alignpipe.config import Config
+from alignpipe.pipeline.adapters import stage_adapter
+from alignpipe.pipeline.graph import Node
+from alignpipe.pipeline.plan import Plan
+from alignpipe.pipeline.references import DataRef, ModelRef
+from alignpipe.pipeline.store import Store
+from alignpipe.task import DataInput, ModelInput, Task
+
+
+def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
+    """What the processes of one stage are told.
+
+    Args:
+        node: the stage.
+        config: of the run.
+        plan: with the keys of all stages.
+        store: where parents lie and the artifact goes.
+    """
+    return Task(
+        name=node.name,
+        kind=node.kind,
+        key=node.key,
+        work=store.work(node.kind, node.key),
+        target=store.stage(node.kind, node.key),
+        config=node.config,
+        models={role: _model(ref, plan, store) for role, ref in node.models.items()},
+        data={role: _data(ref, plan, store) for role, ref in node.data.items()},
+        chat_template=plan.chat_template,
+        architecture=config.model.architecture,
+        attn_implementation=config.model.attn_implementation,
+        launch=config.launch,
+        adapter=stage_adapter(config, node),
+        trackers=list(config.trackers),
+        run=plan.run,
+        inputs=node.inputs,
+    )
+
+
+def _model(ref: ModelRef, plan: Plan, store: Store) -> ModelInput:
+    if ref.stage is None:
+        return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key)
+    parent = plan.graph.nodes[ref.stage]
+    return ModelInput(ref.name, str(store.stage(parent.kind, parent.key)), None, parent.kind, parent.key)
+
+
+def _data(ref: DataRef, plan: Plan, store: Store) -> DataInput:
+    if ref.source is not None:
+        return DataInput(ref.source.kind, ref.source.path, ref.share)
+    parent = plan.graph.nodes[str(ref.stage)]
+    return DataInput("collect", str(store.stage(parent.kind, parent.key)), ref.share, parent.key)

@@ -1,0 +1,176 @@
+"""Every stage on two processes does what it does on one: same losses, same responses, same order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from alignpipe.artifact import read_manifest
+from alignpipe.errors import Stopped
+from alignpipe.pipeline.store import TASK
+from alignpipe.task import Task, write_task
+from tests.group import Group
+from tests.launch.cases import run_stage
+from tests.project import Project
+
+CASES = "tests.launch.cases"
+# One line of metrics a step, so that whole curves can be compared.
+EVERY_STEP = [f"model.training.{kind}.log_steps=1" for kind in ("sft", "rm", "rs", "dpo", "ppo")]
+CPU = [*EVERY_STEP, "launch=cpu"]
+TWO = [*EVERY_STEP, "launch=cpu", "launch.num_processes=2"]
+FSDP2 = [*EVERY_STEP, "launch=fsdp2", "launch.device=cpu", "launch.num_processes=2"]
+CURVES = {
+    "sft": ("loss", "grad_norm"),
+    "rm": ("loss", "grad_norm", "rm/accuracy"),
+    "dpo": ("loss", "grad_norm", "rewards/margins"),
+    "rs": ("loss", "grad_norm"),
+    "ppo": ("ppo/policy_loss", "ppo/value_loss", "objective/kl", "objective/score"),
+}
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One process: the parents of every stage, with one line of metrics a step."""
+    project = Project(tmp_path_factory.mktemp("chain") / "outputs")
+    project.run(*CPU)
+    project.run(*CPU, "pipeline=zephyr_style", "pipeline.order=[sft,collect,dpo]")
+    return project
+
+
+def _words(stage: str) -> list[str]:
+    return ["pipeline=zephyr_style", "pipeline.order=[sft,collect,dpo]"] if stage == "dpo" else []
+
+
+def _folder(chain: Project, stage: str) -> Path:
+    found = sorted((chain.outputs / "stages").glob(f"{stage}-*"))
+    return found[0]
+
+
+def _beside(chain: Project, tmp_path: Path) -> Project:
+    """A project that has the chain's artifacts as parents and whose own results go elsewhere."""
+    (tmp_path / "outputs" / "stages").mkdir(parents=True)
+    for folder in (chain.outputs / "stages").iterdir():
+        (tmp_path / "outputs" / "stages" / folder.name).symlink_to(folder)
+    return Project(tmp_path / "outputs")
+
+
+def _run(group: Group, project: Project, stage: str, *words: str) -> Task:
+    task = project.prepare(stage, *_words(stage), *words)
+    group.call(CASES, "run_stage", path=task.work / TASK)
+    return task
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _largest_difference(stage: str, one: Path, two: Path) -> float:
+    pairs = [
+        (mine[name], theirs[name])
+        for mine, theirs in zip(_metrics(one), _metrics(two), strict=True)
+        for name in CURVES[stage]
+        if name in mine or name in theirs
+    ]
+    assert len(pairs) >= 2
+    return max(abs(mine - theirs) / max(1.0, abs(mine)) for mine, theirs in pairs)
+
+
+@pytest.mark.parametrize("stage", list(CURVES))
+def test_training_on_two_processes_gives_the_curve_of_one(
+    group: Group, chain: Project, tmp_path: Path, stage: str
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), stage, *TWO)
+    assert _largest_difference(stage, _folder(chain, stage), task.target) < 1e-5
+    manifest = read_manifest(task.target)
+    assert manifest is not None and manifest.versions["processes"] == "2"
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_sharded_training_gives_the_curve_of_one(
+    group: Group, chain: Project, tmp_path: Path, stage: str
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), stage, *FSDP2)
+    assert _largest_difference(stage, _folder(chain, stage), task.target) < 1e-5
+    opener = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
+    opened = dict(opener.from_pretrained(task.target).named_parameters())
+    for name, weight in opener.from_pretrained(_folder(chain, stage)).named_parameters():
+        assert (opened[name] - weight).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("gather", ["layer", "rollout"])
+def test_sharded_policy_samples_the_same_responses(
+    group: Group, chain: Project, tmp_path: Path, gather: str
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), "collect", *FSDP2, f"launch.generation_gather={gather}")
+    _same_lines(_folder(chain, "collect") / "rankings.jsonl", task.target / "rankings.jsonl")
+
+
+def test_collect_on_two_processes_samples_the_same_responses(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), "collect", *TWO)
+    _same_lines(_folder(chain, "collect") / "rankings.jsonl", task.target / "rankings.jsonl")
+
+
+def test_eval_on_two_processes_gives_the_same_scores(group: Group, chain: Project, tmp_path: Path) -> None:
+    task = _run(group, _beside(chain, tmp_path), "eval", *TWO)
+    one, two = (
+        json.loads((folder / "scores.json").read_text()) for folder in (_folder(chain, "eval"), task.target)
+    )
+    for mine, theirs in zip(one["policies"], two["policies"], strict=True):
+        assert mine["gold"] == theirs["gold"]
+        assert mine["length"] == theirs["length"]
+        assert mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+        assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+
+
+def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_path: Path) -> None:
+    for stage in ("rs", "ppo"):
+        task = _run(group, _beside(chain, tmp_path / stage), stage, *TWO)
+        mine, theirs = (
+            [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+            for folder in (_folder(chain, stage), task.target)
+        )
+        assert [(row["prompt"], row["response"]) for row in mine] == [
+            (row["prompt"], row["response"]) for row in theirs
+        ]
+
+
+def test_more_accumulation_gives_the_same_curve(chain: Project, tmp_path: Path) -> None:
+    project = _beside(chain, tmp_path)
+    task = project.prepare("sft", *CPU, "stages.sft.micro_batch_size=4")
+    run_stage(task.work / TASK)
+    assert _largest_difference("sft", _folder(chain, "sft"), task.target) < 1e-5
+
+
+@pytest.mark.parametrize("first", [TWO, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("second", [CPU, TWO, FSDP2], ids=["one", "ddp", "fsdp2"])
+def test_resume_on_other_processes_goes_on_in_the_same_order(
+    group: Group, chain: Project, tmp_path: Path, first: list[str], second: list[str]
+) -> None:
+    project = _beside(chain, tmp_path)
+    task = project.prepare("sft", *first, "stages.sft.save_steps=4")
+    stop = task.work / "stop"
+    # Asked to stop before it starts: it takes one step, saves and ends.
+    stop.touch()
+    with pytest.raises(Stopped):
+        group.call(CASES, "run_stage", path=task.work / TASK, stop_file=stop)
+    assert [path.name for path in (task.work / "states").iterdir()] == ["step-000001"]
+    stop.unlink()
+    other = project.compose(*second, "stages.sft.save_steps=4").config.launch
+    task.launch = other
+    write_task(task, task.work / TASK)
+    if other.num_processes == 1:
+        run_stage(task.work / TASK)
+    else:
+        group.call(CASES, "run_stage", path=task.work / TASK)
+    assert _largest_difference("sft", _folder(chain, "sft"), task.target) < 1e-5
+
+
+def _same_lines(one: Path, two: Path) -> None:
+    mine, theirs = ([json.loads(line) for line in path.read_text().splitlines()] for path in (one, two))
+    assert [row["prompt"] for row in mine] == [row["prompt"] for row in theirs]
+    assert [row["responses"] for row in mine] == [row["responses"] for row in theirs]
+    assert [row["ranks"] for row in mine] == [row["ranks"] for row in theirs]
