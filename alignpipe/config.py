@@ -174,6 +174,15 @@ class ArchitectureConfig:
 
 
 @dataclass
+class AdapterSizeConfig:
+    """What of an adapter depends on the size of the model under it; `adapter` reads it by interpolation."""
+
+    rank: int = number(minimum=1)
+    alpha: float = number(above=0)
+    learning_rate_scale: float = number(above=0)
+
+
+@dataclass
 class ModelConfig:
     """A base model and what depends on its size."""
 
@@ -185,6 +194,7 @@ class ModelConfig:
     max_length: int = number(minimum=8)
     max_prompt_length: int = number(minimum=1)
     max_response_length: int = number(minimum=1)
+    adapter: AdapterSizeConfig = field(default_factory=AdapterSizeConfig)
     # Per kind of stage: values that conf/stage/*.yaml read by interpolation.
     training: dict[str, Any] = plain()
 
@@ -225,6 +235,7 @@ class AdapterConfig:
     kind: str = choice("none", "lora", "qlora")
     rank: int = number(minimum=1)
     alpha: float = number(above=0)
+    learning_rate_scale: float = number(above=0)
     target_modules: list[str] = plain()
     handover: str = choice("keep", "merge")
 

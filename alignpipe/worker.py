@@ -36,6 +36,7 @@ from alignpipe.task import ERRORS, STOP, Task, read_task
 from alignpipe.training.context import REJECTED, Context
 from alignpipe.training.gradients import LossScale
 from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
+from alignpipe.training.optim import scaled
 from alignpipe.training.progress import StageProgress
 
 # What errors of a broken collective say, whichever library raised them.
@@ -65,7 +66,7 @@ def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
         context = Context(task, accelerator, metrics, progress, stop, LossScale.of(task.launch.precision))
         processes.from_main(lambda: _make_empty(context.result))
         try:
-            figures = STAGES[task.kind](task.config, context)
+            figures = STAGES[task.kind](scaled(task.config, task.adapter), context)
         except torch.OutOfMemoryError as error:
             raise MachineError(
                 f"{task.name}: out of memory on {accelerator.device}; lower micro_batch_size or generation_batch_size"

@@ -14,6 +14,8 @@ from alignpipe.errors import CheckpointError, did_you_mean
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -35,11 +37,13 @@ def check_files(folder: Path) -> None:
     _check_config(folder)
     for shard in _shards(folder):
         _check_shard(shard)
+    if (folder / ADAPTER).is_file():
+        _check_shard(folder / ADAPTER_WEIGHTS)
 
 
 def _check_config(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder}: an adapter without its model; merge it into the model first")
         raise CheckpointError(f"{folder}: no {CONFIG} in it; expected a folder written by save_pretrained")
     config = _read_json(folder / CONFIG)

@@ -3,7 +3,7 @@
 path or hub id, tokenizer -> causal language model: whole, finite, float32, without dropout, ids set
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR
@@ -29,9 +29,20 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import logging
 
+from alignpipe.artifact import MANIFEST
 from alignpipe.config import TINY, ArchitectureConfig
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError, ConfigError, MachineError
+from alignpipe.models.adapters import (
+    Adapters,
+    Base,
+    add_adapter,
+    has_adapter,
+    has_head,
+    merged,
+    open_base,
+    role_on,
+)
 from alignpipe.models.files import check_files
 
 MAX_POSITIONS = 512
@@ -51,16 +62,36 @@ class ModelSource:
         path: the reserved word `tiny`, a folder, or a hub id.
         revision: commit of a hub id.
         architecture: shape and seed of the model that `tiny` stands for.
+        adapters: of the stage; None where whole weights are trained.
     """
 
     path: str
     revision: str | None = None
     architecture: ArchitectureConfig | None = None
+    adapters: Adapters | None = None
 
     @property
     def is_tiny(self) -> bool:
         """Whether it is built in memory rather than read."""
         return self.path == TINY
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it is opened as a base with an adapter on it."""
+        return self.adapters is not None or self.parent is not None
+
+    @property
+    def parent(self) -> Path | None:
+        """The folder, where an adapter lies in it.
+
+        Raises:
+            CheckpointError: there is an adapter and something about it is missing or damaged.
+        """
+        folder = None if self.is_tiny else self.folder()
+        if folder is None or not has_adapter(folder):
+            return None
+        check_files(folder)
+        return folder
 
     def folder(self) -> Path:
         """The folder that holds the files; a hub id is fetched into the hub's own cache first.
@@ -104,22 +135,84 @@ def load_policy(
         device: where it goes.
 
     Returns:
-        The model in evaluation mode, float32, without dropout, pad, BOS and EOS ids set.
+        The model in evaluation mode, float32, without dropout, pad, BOS and EOS ids set; with an adapter where the
+        stage trains adapters, with the parent's adapter merged where it does not.
 
     Raises:
         CheckpointError: it is missing, half-written, damaged, of another kind, or wants to run code.
         MachineError: the machine cannot run it, or a hub id cannot be fetched.
         ConfigError: `model.architecture` describes no model.
     """
-    if source.is_tiny:
-        return prepare(_build_tiny(source, tokenizer, attn_implementation), tokenizer, device)
-    folder = source.folder()
-    model, missing, unexpected = open_model(AutoModelForCausalLM, folder, attn_implementation)
+    if not source.is_adapted:
+        folder = None if source.is_tiny else source.folder()
+        return prepare(_open_policy(source, folder, tokenizer, attn_implementation, {}), tokenizer, device)
+    parent = source.parent
+    if parent is not None and has_head(parent):
+        raise CheckpointError(f"{parent}: a reward model, where a language model is needed; name a policy")
+    base = policy_base(source, tokenizer, attn_implementation, device)
+    model = prepare(add_adapter(role_on(base.model), source.adapters, parent), tokenizer, device)
+    return merged(model) if source.adapters is None else model
+
+
+def policy_base(
+    source: ModelSource, tokenizer: Tokenizer, attn_implementation: str, device: torch.device | str
+) -> Base:
+    """The frozen language model under a source's adapter, the same one for every role of a stage that stands on it.
+
+    Raises:
+        CheckpointError, MachineError, ConfigError: as `load_policy`.
+    """
+    loading = {} if source.adapters is None else source.adapters.loading(device)
+
+    def open_whole(folder: Path | None) -> PreTrainedModel:
+        return _open_policy(source, folder, tokenizer, attn_implementation, loading)
+
+    return shared_base(source, tokenizer, device, open_whole)
+
+
+def shared_base(
+    source: ModelSource,
+    tokenizer: Tokenizer,
+    device: torch.device | str,
+    open_whole: Callable[[Path | None], PreTrainedModel],
+) -> Base:
+    """The frozen weights of a source, ready for use, opened once a stage."""
+    folder = None if source.is_tiny else source.folder()
+
+    def opened(plain: Path | None) -> tuple[PreTrainedModel, bool]:
+        model = open_whole(plain)
+        rows = num_rows(model)
+        prepare(model, tokenizer, device)
+        return model, num_rows(model) == rows
+
+    is_hub = folder is not None and folder != Path(source.path).expanduser()
+    return open_base(
+        folder,
+        str(source.architecture),
+        {} if source.adapters is None else source.adapters.bases,
+        opened,
+        name=source.path if is_hub or folder is None else str(folder.resolve()),
+        revision=source.revision,
+        lasting=is_hub or (folder is not None and (folder / MANIFEST).is_file()),
+    )
+
+
+def _open_policy(
+    source: ModelSource,
+    folder: Path | None,
+    tokenizer: Tokenizer,
+    attn_implementation: str,
+    loading: Mapping[str, Any],
+) -> PreTrainedModel:
+    """A whole language model, built or read from a folder, with nothing done to it yet."""
+    if folder is None:
+        return _build_tiny(source, tokenizer, attn_implementation)
+    model, missing, unexpected = open_model(AutoModelForCausalLM, folder, attn_implementation, loading)
     if SCORE in unexpected:
         raise CheckpointError(f"{folder}: a reward model, where a language model is needed; name a policy")
     refuse(folder, "missing", missing)
     refuse(folder, "unknown", unexpected)
-    return prepare(model, tokenizer, device)
+    return model
 
 
 def tiny_config(tokenizer: Tokenizer, architecture: ArchitectureConfig) -> LlamaConfig:
@@ -150,7 +243,11 @@ def tiny_config(tokenizer: Tokenizer, architecture: ArchitectureConfig) -> Llama
 
 
 def open_model(
-    auto_class: type[_BaseAutoModelClass], folder: Path, attn_implementation: str, **settings: Any
+    auto_class: type[_BaseAutoModelClass],
+    folder: Path,
+    attn_implementation: str,
+    loading: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """Open a folder with transformers, safetensors only and no code of its own.
 
@@ -158,6 +255,7 @@ def open_model(
         auto_class: which head to put on.
         folder: the checkpoint.
         attn_implementation: of transformers.
+        loading: more that `from_pretrained` is told.
         settings: more fields of the model's configuration.
 
     Returns:
@@ -181,6 +279,7 @@ def open_model(
                 # Only so that the names come back: a mismatch is refused below.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **(loading or {}),
             )
     except ImportError as error:
         raise MachineError(f"model.attn_implementation: {_first_line(error)}; use sdpa") from error

@@ -4,6 +4,7 @@ model, tokenizer -> folder of safetensors and JSON that `from_pretrained` opens 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignpipe import processes
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.models.adapters import Adapters, save_adapter
 from alignpipe.models.files import CONFIG
 from alignpipe.models.loading import evaluating, num_rows, quiet
 from alignpipe.models.sharding import in_step, whole_weights
@@ -23,13 +25,16 @@ ModelKind = Literal["policy", "reward"]
 PROBE_SHAPE = (3, 16)
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, adapters: Adapters | None = None
+) -> None:
     """Write weights, configuration, tokenizer and chat template; of several processes the first one writes.
 
     Args:
         model: a policy or a scalar model, unwrapped.
         tokenizer: that it was trained with.
         folder: made when it is not there.
+        adapters: of the stage, where the model is an adapter on a base.
 
     Raises:
         MachineError: the disk refuses it.
@@ -39,7 +44,10 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
     def write() -> None:
         try:
             with quiet():
-                model.save_pretrained(folder, state_dict=weights)
+                if adapters is None:
+                    model.save_pretrained(folder, state_dict=weights)
+                else:
+                    save_adapter(model, adapters.base_of(model), folder)
             tokenizer.save(folder)
             _add_older_keys(folder / CONFIG)
         except (OSError, SafetensorError) as error:
@@ -48,7 +56,9 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
     processes.from_main(write)
 
 
-def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None:
+def verify_reload(
+    model: PreTrainedModel, folder: Path, kind: ModelKind, loading: Mapping[str, Any] | None = None
+) -> None:
     """Open a folder the way any user of transformers does, and compare it with the model in memory.
 
     On a CPU in float32 the outputs must be equal bit for bit, elsewhere within rounding.
@@ -57,16 +67,24 @@ def verify_reload(model: PreTrainedModel, folder: Path, kind: ModelKind) -> None
         model: that was saved.
         folder: where.
         kind: which head it has.
+        loading: more that `from_pretrained` is told.
 
     Raises:
         CheckpointError: it does not open, or gives other outputs.
     """
     ids = _probe(model)
     mine = _outputs(model, ids)
-    processes.from_main(lambda: _compare(model, mine, ids, folder, kind))
+    processes.from_main(lambda: _compare(model, mine, ids, folder, kind, loading or {}))
 
 
-def _compare(model: PreTrainedModel, mine: Tensor, ids: Tensor, folder: Path, kind: ModelKind) -> None:
+def _compare(
+    model: PreTrainedModel,
+    mine: Tensor,
+    ids: Tensor,
+    folder: Path,
+    kind: ModelKind,
+    loading: Mapping[str, Any],
+) -> None:
     auto_class = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     try:
         with quiet():
@@ -75,12 +93,13 @@ def _compare(model: PreTrainedModel, mine: Tensor, ids: Tensor, folder: Path, ki
                 attn_implementation=model.config._attn_implementation,
                 local_files_only=True,
                 trust_remote_code=False,
+                **loading,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: written, but cannot be opened again ({error})") from error
     reloaded.to(model.device)  # type: ignore[arg-type]
     theirs = _outputs(reloaded, ids)
-    exact = model.device.type == "cpu" and model.dtype == torch.float32
+    exact = not loading and model.device.type == "cpu" and model.dtype == torch.float32
     same = torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
     if not same:
         raise CheckpointError(

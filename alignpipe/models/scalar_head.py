@@ -4,6 +4,7 @@ checkpoint -> sequence classifier with one label; ids (B, T) -> scores (B, T), o
 """
 
 from math import sqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,18 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from alignpipe.data.collate import TokenBatch
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
-from alignpipe.models.loading import SCORE, ModelSource, load_policy, open_model, prepare, quiet, refuse
+from alignpipe.models.adapters import add_adapter, has_head, merged, role_on
+from alignpipe.models.loading import (
+    SCORE,
+    ModelSource,
+    load_policy,
+    open_model,
+    policy_base,
+    prepare,
+    quiet,
+    refuse,
+    shared_base,
+)
 
 OUTPUT_HEADS = ("lm_head.", "embed_out.")
 CONFIGURATION = {"num_labels": 1, "problem_type": "regression"}
@@ -43,14 +55,16 @@ def load_scalar_model(
         CheckpointError: it is missing, damaged, of the other kind, or its architecture has no `score` head.
         MachineError: the machine cannot run it, or a hub id cannot be fetched.
     """
+    if source.is_tiny and seed is None:
+        raise CheckpointError(
+            "tiny: an untrained language model, where a reward model is needed; run stage=rm"
+        )
+    if source.is_adapted:
+        return _with_adapter(source, tokenizer, attn_implementation, device, seed)
     if source.is_tiny:
-        if seed is None:
-            raise CheckpointError(
-                "tiny: an untrained language model, where a reward model is needed; run stage=rm"
-            )
         model = _from_policy(load_policy(source, tokenizer, attn_implementation))
     else:
-        model = _open(source, attn_implementation, new_head=seed is not None)
+        model = _open(source, attn_implementation, device, new_head=seed is not None)
     if seed is not None:
         _init_head(model, seed)
     return prepare(model, tokenizer, device)
@@ -92,6 +106,8 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
     """
     try:
         head = model.get_submodule("score")
+        # Beside an adapter the head is trained whole; peft keeps the one it started from as well.
+        head = head.get_submodule("modules_to_save.default") if hasattr(head, "modules_to_save") else head
     except AttributeError:
         head = None
     if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -114,20 +130,47 @@ def _scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return scores.squeeze(-1)
 
 
-def _open(source: ModelSource, attn_implementation: str, *, new_head: bool) -> PreTrainedModel:
+def _with_adapter(
+    source: ModelSource,
+    tokenizer: Tokenizer,
+    attn_implementation: str,
+    device: torch.device | str,
+    seed: int | None,
+) -> PreTrainedModel:
+    """An adapter and a head of its own on the weights that other roles share."""
+    parent = source.parent
+    if parent is not None and has_head(parent) and seed is not None:
+        raise _already_scalar(parent)
+    if parent is not None and not has_head(parent) and seed is None:
+        raise _not_scalar(parent)
+    if parent is not None or seed is not None:
+        base = policy_base(source, tokenizer, attn_implementation, device)
+        model = _from_policy(role_on(base.model))
+    else:
+        base = shared_base(
+            source, tokenizer, device, lambda _: _open(source, attn_implementation, device, new_head=False)
+        )
+        model = role_on(base.model)
+    if seed is not None:
+        _init_head(model, seed)
+    add_adapter(model, source.adapters, parent, new_head=seed is not None)
+    prepare(model, tokenizer, device)
+    return merged(model) if source.adapters is None else model
+
+
+def _open(
+    source: ModelSource, attn_implementation: str, device: torch.device | str, *, new_head: bool
+) -> PreTrainedModel:
     folder = source.folder()
+    loading = {} if source.adapters is None else source.adapters.loading(device)
     model, missing, unexpected = open_model(
-        AutoModelForSequenceClassification, folder, attn_implementation, **CONFIGURATION
+        AutoModelForSequenceClassification, folder, attn_implementation, loading, **CONFIGURATION
     )
     score_head(model)
     if new_head and SCORE not in missing:
-        raise CheckpointError(
-            f"{folder}: already a reward model, where a language model is needed; name a policy"
-        )
+        raise _already_scalar(folder)
     if not new_head and SCORE in missing:
-        raise CheckpointError(
-            f"{folder}: a language model, where a reward model is needed; train one: stage=rm"
-        )
+        raise _not_scalar(folder)
     if new_head:
         missing = missing - {SCORE}
         unexpected = {name for name in unexpected if not name.startswith(OUTPUT_HEADS)}
@@ -136,14 +179,25 @@ def _open(source: ModelSource, attn_implementation: str, *, new_head: bool) -> P
     return model
 
 
+def _already_scalar(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: already a reward model, where a language model is needed; name a policy"
+    )
+
+
+def _not_scalar(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: a language model, where a reward model is needed; train one: stage=rm")
+
+
 def _from_policy(policy: PreTrainedModel) -> PreTrainedModel:
-    """The same body as the policy's, in memory: from the configuration alone it would be another draw."""
+    """A head on the policy's own body; from the configuration alone the body would be another draw."""
     config = policy.config
     config.update(CONFIGURATION)
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.device("meta"), quiet():
         from_config = AutoModelForSequenceClassification.from_config
         model: PreTrainedModel = from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.base_model.load_state_dict(policy.base_model.state_dict())
+    setattr(model, model.base_model_prefix, policy.base_model)
+    nn.init.zeros_(score_head(model).to_empty(device=policy.device).weight)
     return model
 
 

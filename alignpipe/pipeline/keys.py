@@ -15,6 +15,7 @@ from alignpipe.config import TINY, TOY, Config, semantic
 from alignpipe.data.sources import content_hash
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
+from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
@@ -53,6 +54,7 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
     }
     settings.pop("demonstrations", None)
+    adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
         "version": VERSIONS[node.kind],
@@ -60,7 +62,7 @@ def _inputs(
         "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
         "data": data,
         "precision": config.launch.precision,
-        "adapter": semantic(config.adapter) if config.adapter.kind != "none" else "none",
+        "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
 

@@ -23,6 +23,7 @@ from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
 from alignpipe.errors import CheckpointError, ConfigError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
+from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows
@@ -113,9 +114,11 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
     _check_trackers(config)
     store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store, bare=bare)
+    adapter_warnings = check_adapters(config, graph)
     config, warnings = fit_lengths(config)
     if warnings:
         graph = build_graph(config, store, bare=bare)
+    warnings += adapter_warnings
     chat_template = fallback_template(config, graph)
     add_keys(graph, config, store, chat_template)
     reused = reusable(graph, store)

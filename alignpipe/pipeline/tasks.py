@@ -1,6 +1,7 @@
 """A stage of the plan -> the task that its processes read: every name a path, every path in the store."""
 
 from alignpipe.config import Config
+from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.plan import Plan
 from alignpipe.pipeline.references import DataRef, ModelRef
@@ -30,7 +31,7 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
         architecture=config.model.architecture,
         attn_implementation=config.model.attn_implementation,
         launch=config.launch,
-        adapter=config.adapter,
+        adapter=stage_adapter(config, node),
         trackers=list(config.trackers),
         run=plan.run,
         inputs=node.inputs,

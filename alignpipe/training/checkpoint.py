@@ -199,11 +199,12 @@ def _newest_valid(states: Path) -> Path | None:
 
 @torch.no_grad()
 def _tensors(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
-    """Parameters (a tied one once), moments of the optimizers, random state."""
+    """Trained parameters (a tied one once), moments of the optimizers, random state."""
     found: dict[str, Tensor] = {}
     for name, module in modules.items():
         for key, parameter in module.named_parameters():
-            found[f"module.{name}.{key}"] = parameter.detach()
+            if parameter.requires_grad:
+                found[f"module.{name}.{key}"] = parameter.detach()
     for name, optimizer in optimizers.items():
         for index, moments in optimizer.state_dict()["state"].items():
             for key, tensor in moments.items():

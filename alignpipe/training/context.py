@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,12 +15,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from alignpipe import processes
+from alignpipe.artifact import remove_tree
 from alignpipe.config import SHARDED, DataConfig
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
+from alignpipe.models.adapters import Adapters
 from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
@@ -107,7 +110,13 @@ class Context:
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
         source = self.task.models[role]
-        return ModelSource(source.path, source.revision, self.task.architecture)
+        return ModelSource(source.path, source.revision, self.task.architecture, self.adapters)
+
+    @cached_property
+    def adapters(self) -> Adapters | None:
+        """What all roles of the stage share, where it trains adapters."""
+        config = self.task.adapter
+        return None if config.kind == "none" else Adapters(config, self.task.config.seed)
 
     def tokenizer(self, role: str) -> Tokenizer:
         """The tokenizer and chat template of a role.
@@ -204,8 +213,22 @@ class Context:
             CheckpointError: opened again it gives other outputs.
             MachineError: the disk refuses it.
         """
-        save_model(model, tokenizer, self.result)
-        verify_reload(model, self.result, kind)
+        adapters = self.adapters
+        if adapters is not None and adapters.config.handover == "merge":
+            model, adapters = self._merged(model, tokenizer, kind), None
+        save_model(model, tokenizer, self.result, adapters)
+        loading = {} if adapters is None else adapters.loading(self.device)
+        verify_reload(model, self.result, kind, loading)
+
+    def _merged(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> PreTrainedModel:
+        """Whole weights: the adapter added to the base as the files hold it, since in memory others stand on it."""
+        load = load_policy if kind == "policy" else load_scalar_model
+        folder = self.task.work / "adapter"
+        save_model(model, tokenizer, folder, self.adapters)
+        whole = load(ModelSource(str(folder)), tokenizer, self.task.attn_implementation, self.device)
+        processes.any_of(False)  # until every process has read it
+        processes.from_main(lambda: remove_tree(folder))
+        return whole
 
     def resume(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
         """Go back to the newest valid state.

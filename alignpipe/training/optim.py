@@ -4,12 +4,26 @@ model, OptimizerConfig -> optimizer; step -> learning rate
 """
 
 import math
+from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from alignpipe.config import OptimizerConfig
+from alignpipe.config import AdapterConfig, OptimizerConfig, PPOConfig, StageConfig
+
+AnyConfig = TypeVar("AnyConfig", bound=StageConfig)
+
+
+def scaled(config: AnyConfig, adapter: AdapterConfig) -> AnyConfig:
+    """A stage's configuration with the learning rates of its adapters, where it trains some."""
+    if adapter.kind == "none" or not isinstance(config, OptimizerConfig):
+        return config
+    scale = adapter.learning_rate_scale
+    if isinstance(config, PPOConfig):
+        config = replace(config, value_learning_rate=config.value_learning_rate * scale)
+    return replace(config, learning_rate=config.learning_rate * scale)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: float | None = None) -> AdamW:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from alignpipe.config import OptimizerConfig
-from alignpipe.training.optim import make_optimizer, schedule
+from alignpipe.compose.composition import compose
+from alignpipe.config import OptimizerConfig, PPOConfig
+from alignpipe.training.optim import make_optimizer, scaled, schedule
 
 
 @pytest.fixture
@@ -74,3 +75,16 @@ def test_one_step_equals_adam_by_hand(config: OptimizerConfig) -> None:
     optimizer.step()
     # First step: both moments are bias-corrected back to g and g^2, so the step is lr * g / (|g| + eps).
     assert math.isclose(weight.item(), 2.0 - 0.1 * 0.3 / (0.3 + 1e-8), rel_tol=1e-6)
+
+
+def test_adapters_learn_at_scaled_rates_and_whole_weights_do_not() -> None:
+    composed = compose(["adapter=lora", "adapter.learning_rate_scale=3"]).config
+    assert composed.stages is not None
+    ppo, rm, collect = (composed.stages[name] for name in ("ppo", "rm", "collect"))
+    assert isinstance(ppo, PPOConfig) and isinstance(rm, OptimizerConfig)
+    with_adapters = scaled(ppo, composed.adapter)
+    assert with_adapters.learning_rate == pytest.approx(3 * ppo.learning_rate)
+    assert with_adapters.value_learning_rate == pytest.approx(3 * ppo.value_learning_rate)
+    assert scaled(rm, composed.adapter).learning_rate == pytest.approx(3 * rm.learning_rate)
+    assert scaled(collect, composed.adapter) == collect
+    assert scaled(ppo, replace(composed.adapter, kind="none")) == ppo
