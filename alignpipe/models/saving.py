@@ -19,7 +19,7 @@ from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.models.adapters import Adapters, save_adapter
 from alignpipe.models.files import CONFIG
 from alignpipe.models.loading import evaluating, num_rows, quiet
-from alignpipe.models.sharding import in_step, whole_weights
+from alignpipe.models.sharding import whole_weights
 
 ModelKind = Literal["policy", "reward"]
 PROBE_SHAPE = (3, 16)
@@ -61,7 +61,8 @@ def verify_reload(
 ) -> None:
     """Open a folder the way any user of transformers does, and compare it with the model in memory.
 
-    On a CPU in float32 the outputs must be equal bit for bit, elsewhere within rounding.
+    On a CPU in float32 the outputs must be equal bit for bit, elsewhere within rounding. Of a model that is cut over
+    processes the weights are compared instead, on the CPU: whole it may fit on no device.
 
     Args:
         model: that was saved.
@@ -72,23 +73,25 @@ def verify_reload(
     Raises:
         CheckpointError: it does not open, or gives other outputs.
     """
-    ids = _probe(model)
-    mine = _outputs(model, ids)
-    processes.from_main(lambda: _compare(model, mine, ids, folder, kind, loading or {}))
+    weights = whole_weights(model)
+
+    def compare() -> None:
+        reloaded = _reopen(model, folder, kind, loading or {})
+        if weights is None:
+            _compare_outputs(model, reloaded, folder, exact=not loading)
+        else:
+            _compare_weights(weights, reloaded, folder)
+
+    processes.from_main(compare)
 
 
-def _compare(
-    model: PreTrainedModel,
-    mine: Tensor,
-    ids: Tensor,
-    folder: Path,
-    kind: ModelKind,
-    loading: Mapping[str, Any],
-) -> None:
+def _reopen(
+    model: PreTrainedModel, folder: Path, kind: ModelKind, loading: Mapping[str, Any]
+) -> PreTrainedModel:
     auto_class = AutoModelForCausalLM if kind == "policy" else AutoModelForSequenceClassification
     try:
         with quiet():
-            reloaded = auto_class.from_pretrained(
+            reloaded: PreTrainedModel = auto_class.from_pretrained(
                 folder,
                 attn_implementation=model.config._attn_implementation,
                 local_files_only=True,
@@ -97,9 +100,23 @@ def _compare(
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: written, but cannot be opened again ({error})") from error
+    return reloaded
+
+
+def _compare_weights(weights: Mapping[str, Tensor], reloaded: PreTrainedModel, folder: Path) -> None:
+    theirs = {**dict(reloaded.named_parameters()), **dict(reloaded.named_buffers())}
+    for name, mine in weights.items():
+        if name not in theirs or not torch.equal(mine, theirs[name]):
+            raise CheckpointError(
+                f"{folder}: opened again it has another {name}; the files do not hold what was trained"
+            )
+
+
+def _compare_outputs(model: PreTrainedModel, reloaded: PreTrainedModel, folder: Path, *, exact: bool) -> None:
     reloaded.to(model.device)  # type: ignore[arg-type]
-    theirs = _outputs(reloaded, ids)
-    exact = not loading and model.device.type == "cpu" and model.dtype == torch.float32
+    ids = _probe(model)
+    mine, theirs = _outputs(model, ids), _outputs(reloaded, ids)
+    exact = exact and model.device.type == "cpu" and model.dtype == torch.float32
     same = torch.equal(mine, theirs) if exact else torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
     if not same:
         raise CheckpointError(
@@ -131,6 +148,6 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 
 def _outputs(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with torch.no_grad(), evaluating(model), in_step(model):
+    with torch.inference_mode(), evaluating(model):
         logits: Tensor = model(input_ids=ids).logits
     return logits

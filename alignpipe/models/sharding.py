@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.config import LaunchConfig
+
+# What matrix products are computed in; nothing stands for float32.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) -> PreTrainedModel:
@@ -34,9 +43,12 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
     root = model.base_model if hasattr(model, "score") else model
     # ZeRO's second stage keeps a block's weights from its forward to its backward pass; the third gathers them twice.
     reshard = launch.strategy != "zero2"
+    # Gathered in the format of the products, which halves what travels; slices stay float32, and so do sums.
+    half = HALF.get(launch.precision)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=None if half is None else torch.float32)
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(root, mesh=mesh, offload_policy=offload)
+        fully_shard(block, mesh=mesh, offload_policy=offload, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(root, mesh=mesh, offload_policy=offload, mp_policy=policy)
     model.to(device)  # type: ignore[arg-type]
     root.__dict__["gathers_once"] = launch.generation_gather == "rollout" or not reshard
     root.__dict__["reshards"] = reshard

@@ -17,6 +17,7 @@ from math import ceil
 from typing import Any
 
 from alignpipe.config import (
+    SHARDED,
     AdapterConfig,
     LaunchConfig,
     OptimizerConfig,
@@ -33,14 +34,8 @@ RUNTIME = 20e6
 GPU_RUNTIME = 1e9
 # NF4 weights with their double-quantized scales, bytes each (arXiv:2305.14314, section 3).
 QLORA_WEIGHT = 0.516
-# DeepSpeed's default reduce_bucket_size and allgather_bucket_size, in numbers.
-ZERO_BUCKET = 5e8
-# What each strategy cuts over its processes (arXiv:1910.02054; arXiv:2304.11277).
-SHARDED: dict[str, frozenset[str]] = {
-    "fsdp2": frozenset({"weights", "gradients", "optimizer"}),
-    "zero3": frozenset({"weights", "gradients", "optimizer"}),
-    "zero2": frozenset({"gradients", "optimizer"}),
-}
+# training/gradients.py: numbers of gradients that travel at once.
+BUCKET = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,15 @@ class Setting:
         """Bytes of a number in matrix products."""
         return WIDE if self.launch.precision == "fp32" else 2
 
-    def share(self, part: str) -> float:
-        """The part of it that one process holds."""
-        return 1 / self.processes if part in SHARDED.get(self.launch.strategy, frozenset()) else 1.0
+    @property
+    def share(self) -> float:
+        """The part of weights, gradients and moments that one process holds at rest."""
+        return 1 / self.processes if self.launch.strategy in SHARDED else 1.0
 
     @property
     def cut(self) -> bool:
         """Whether weights are cut over the processes."""
-        return self.share("weights") < 1
+        return self.share < 1
 
     @property
     def adapted(self) -> bool:
@@ -198,22 +194,13 @@ def held_memory(
     learnt, still = (sum(role.own(setting) for role in roles) for roles in (trained, frozen))
     bases = {role.shape: role.shape.parameters for role in (*trained, *frozen)} if setting.adapted else {}
     base = QLORA_WEIGHT if setting.adapter.kind == "qlora" else WIDE
-    moments = ADAMW_MOMENTS * WIDE * learnt * setting.share("optimizer")
+    moments = ADAMW_MOMENTS * WIDE * learnt * setting.share
     return Memory(
-        weights=WIDE * learnt * setting.share("weights") + _sixteen_bit(learnt, setting),
-        frozen=(WIDE * still + base * sum(bases.values())) * setting.share("weights"),
+        weights=WIDE * learnt * setting.share,
+        frozen=(WIDE * still + base * sum(bases.values())) * setting.share,
         optimizer=moments,
         other=GPU_RUNTIME if setting.gpu else RUNTIME,
     )
-
-
-def _sixteen_bit(learnt: int, setting: Setting) -> float:
-    """DeepSpeed's 16-bit weights: the float32 ones are then cut as the moments are (arXiv:1910.02054, section 5)."""
-    if setting.width == WIDE or not setting.launch.strategy.startswith("zero"):
-        return 0.0
-    if setting.cut:
-        return 2 * learnt / setting.processes
-    return learnt * (2 + WIDE / setting.processes - WIDE)
 
 
 def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
@@ -222,17 +209,17 @@ def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
     outside = role.size - shape.num_layers * shape.layer
     learnt = role.own(setting)
     if setting.cut:
-        # The layer at work and the next one, gathered; the gradient of one on its way; what is outside of all layers.
-        return width * (2 * shape.layer + outside + (shape.layer if backward and not setting.adapted else 0))
+        # zero2 keeps all layers gathered from forward to backward; otherwise it is the layer at work and the next one.
+        layers = shape.num_layers if setting.launch.strategy == "zero2" else 2
+        # Beside them what is outside of all layers, and the gradient of one on its way, in float32.
+        return width * (layers * shape.layer + outside) + WIDE * shape.layer * backward
     found = 0.0
-    if width < WIDE and not setting.launch.strategy.startswith("zero"):
+    if width < WIDE:
         # Autocast keeps a 16-bit copy of every matrix that is trained, or that a gradient passes through.
         matrices = shape.num_layers * shape.matrices + shape.embedding * (not role.scalar)
         found += width * (learnt if setting.adapted and not backward else matrices)
     if backward and setting.launch.strategy == "ddp" and setting.processes > 1:
-        found += WIDE * learnt
-    if backward and setting.launch.strategy == "zero2":
-        found += 2 * width * min(ZERO_BUCKET, learnt)
+        found += WIDE * max(min(BUCKET, learnt), 0 if setting.adapted else shape.embedding)
     return found
 
 
@@ -251,12 +238,12 @@ def training_moments(
         kept = min(kept, 2 * kept / shape.num_layers)
     kept += 3 * shape.hidden_size * batch.tokens * WIDE
     logits, block = _logits(shape, batch, setting)
-    gradients = WIDE * role.own(setting) * setting.share("gradients")
+    gradients = WIDE * role.own(setting) * setting.share
     head = 0.0 if setting.adapted else WIDE * shape.embedding
     tied = head * (shape.tied and not role.scalar)
     accumulates = config.batch_size > micro_rows(config, setting) * setting.processes
     before = gradients * accumulates
-    sharded = WIDE * shape.embedding * setting.share("gradients")
+    sharded = WIDE * shape.embedding * setting.share
     offloaded = launch.optimizer_offload and setting.gpu
     moments = 0.0 if offloaded else held.optimizer
     copies = _copies(role, setting, backward=True)
@@ -289,8 +276,8 @@ def _adamw_temporaries(role: Role, setting: Setting) -> float:
     """
     own = role.own(setting)
     if setting.gpu:
-        return own * setting.share("optimizer")
-    return min(2.0 * own, 2.0 * role.shape.largest) * setting.share("optimizer")
+        return own * setting.share
+    return min(2.0 * own, 2.0 * role.shape.largest) * setting.share
 
 
 def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:

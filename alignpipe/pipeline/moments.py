@@ -5,7 +5,6 @@ config of a stage, shapes of its models, lengths of its rows, launch -> moments 
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 from alignpipe.config import CollectConfig, DPOConfig, EvalConfig, PPOConfig, RMConfig, RSConfig, SFTConfig
@@ -100,7 +99,8 @@ def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting
     held = held_memory(setting, trained=[policy, value], frozen=[reference, reward])
     prompt = min(work.longest, config.max_prompt_length)
     length = prompt + config.max_response_length
-    responses = ceil(config.rollout_size * config.num_samples / setting.processes)
+    # Every process holds the whole rollout, so that all whiten it alike.
+    responses = config.rollout_size * config.num_samples
     # ids, mask; log-probs, values, advantages, returns, and rewards and both log-probs while they are made.
     held = held.plus("", other=responses * length * (8 + 1 + 7 * WIDE))
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)

@@ -26,7 +26,7 @@ from alignpipe.models.adapters import Adapters
 from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
-from alignpipe.models.sharding import shard
+from alignpipe.models.sharding import HALF, shard
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.checkpoint import load_newest_state, save_state
@@ -85,7 +85,7 @@ class Context:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the launch's precision; weights stay float32."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.task.launch.precision)
+        dtype = HALF.get(self.task.launch.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def saved_activations(self) -> AbstractContextManager[Any]:

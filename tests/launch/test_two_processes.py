@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignpipe.artifact import read_manifest
@@ -105,6 +107,38 @@ def test_stages_of_zero_give_the_curve_of_one(
 ) -> None:
     task = _run(group, _beside(chain, tmp_path), "ppo", *FSDP2, f"launch.strategy={strategy}")
     assert _largest_difference("ppo", _folder(chain, "ppo"), task.target) < 1e-5
+
+
+def test_sharded_training_in_bf16_keeps_float32_weights_and_nearly_the_curve(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    task = _run(group, _beside(chain, tmp_path), "sft", *FSDP2, "launch.precision=bf16")
+    assert 1e-5 < _largest_difference("sft", _folder(chain, "sft"), task.target) < 0.05
+    assert {weight.dtype for weight in load_file(task.target / "model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+ADAPTED = ["adapter=lora", "pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One process: a chain that trains adapters."""
+    project = Project(tmp_path_factory.mktemp("adapted") / "outputs")
+    project.run(*CPU, *ADAPTED)
+    return project
+
+
+@pytest.mark.parametrize("stage", ["collect", "rm", "ppo"])
+def test_adapters_on_two_processes_do_what_they_do_on_one(
+    group: Group, adapted: Project, tmp_path: Path, stage: str
+) -> None:
+    task = _run(group, _beside(adapted, tmp_path), stage, *TWO, *ADAPTED)
+    if stage == "collect":
+        _same_lines(_folder(adapted, stage) / "rankings.jsonl", task.target / "rankings.jsonl")
+    else:
+        assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
 
 
 @pytest.mark.parametrize("gather", ["layer", "rollout"])
