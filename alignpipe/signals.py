@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,9 +12,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal:
-    """Whether the user or the scheduler asked for the end."""
+    """Whether the user or the scheduler asked for the end.
 
-    def __init__(self) -> None:
+    Args:
+        tell: called once, at the first signal.
+    """
+
+    def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
+        self._tell = tell
         self.received: signal.Signals | None = None
 
     @property
@@ -38,6 +43,7 @@ class StopSignal:
             # The first signal was heard and the save is slow or stuck: the user means it.
             os._exit(130)
         self.received = signal.Signals(number)
+        self._tell()
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:

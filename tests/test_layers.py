@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alignpipe"
 # What everybody may use: words, errors, what a stage is told and what it leaves behind.
-BASE = {"config", "errors", "artifact", "task", "signals"}
+BASE = {"config", "errors", "artifact", "task", "signals", "objective"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "artifact": {"errors"},
     "signals": {"errors"},
+    "objective": {"config", "errors"},
     "task": {"artifact", "config", "errors"},
     "toy": set(),
     "losses": set(),
@@ -25,7 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"stages", "training"} | BASE,
     "compose": {"data"} | BASE,
     "pipeline": {"data", "worker"} | BASE,
-    "hydra_front": {"compose", "pipeline"} | BASE,
+    "sweep": BASE,
+    "job": {"compose", "pipeline", "sweep"} | BASE,
+    "hydra_front": {"compose", "job", "sweep"} | BASE,
     "cli": {"compose", "hydra_front", "pipeline", "data"} | BASE,
     "__main__": {"cli"},
     "__init__": set(),
@@ -37,11 +40,14 @@ QUICK = (
     "config",
     "artifact",
     "signals",
+    "objective",
     "task",
     "toy",
     "data",
     "pipeline",
     "compose",
+    "sweep",
+    "job",
     "hydra_front",
     "cli",
 )

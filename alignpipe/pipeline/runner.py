@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
+from alignpipe.objective import objective_value
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
 from alignpipe.pipeline.plan import make_plan, reusable
@@ -29,7 +31,20 @@ from alignpipe.task import DataInput, ModelInput, Task, write_task
 ERROR_LOG = "error.log"
 
 
-def run(config: Config, words: list[str], yaml: str) -> float | None:
+@dataclass(frozen=True)
+class Done:
+    """A run that came to its end.
+
+    Attributes:
+        name: of its folder.
+        value: of the objective; None where it has none.
+    """
+
+    name: str
+    value: float | None
+
+
+def run(config: Config, words: list[str], yaml: str) -> Done:
     """Run everything a configuration asks for.
 
     Args:
@@ -38,7 +53,7 @@ def run(config: Config, words: list[str], yaml: str) -> float | None:
         yaml: the configuration as text, interpolations unresolved, recorded.
 
     Returns:
-        Gold score of the last policy of the first eval stage, or None.
+        The run's name, and what its objective came to.
 
     Raises:
         AlignpipeError: what went wrong, in one line; finished stages are kept.
@@ -65,7 +80,7 @@ class Runner:
         self._store = Store(Path(config.output_dir).absolute())
         self._stop = StopSignal()
 
-    def run(self) -> float | None:
+    def run(self) -> Done:
         """Plan, then run the stages."""
         with self._stop.listening():
             self._plan = make_plan(self._config)
@@ -79,7 +94,8 @@ class Runner:
             self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
             scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
         print_scorecard(scorecard, self._folder, Console(highlight=False))
-        return _last_gold(scorecard)
+        metrics = {node.name: self._metrics(node) for node in self._plan.graph.order}
+        return Done(self._plan.run, objective_value(self._config.objective, scorecard, metrics))
 
     def _open_folder(self) -> Path:
         """Make or reopen the run's folder.
@@ -219,14 +235,17 @@ class Runner:
         temporary.replace(self._folder / node.name)
 
     def _tell(self, node: Node, seconds: float, *, reused: bool) -> None:
-        manifest = self._store.find(node.kind, node.key)
         figures = " ".join(
             f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in (manifest.metrics if manifest else {}).items()
+            for name, value in self._metrics(node).items()
             if isinstance(value, int | float)
         )
         what = "reused" if reused else f"done in {_clock(seconds)}"
         self._say(f"{node.name:<8} {what}  {figures}")
+
+    def _metrics(self, node: Node) -> dict[str, Any]:
+        manifest = self._store.find(node.kind, node.key)
+        return dict(manifest.metrics) if manifest is not None else {}
 
     def _stage(self, node: Node) -> dict[str, Any]:
         return next(stage for stage in self._stages if stage["name"] == node.name)
@@ -245,10 +264,3 @@ class Runner:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _last_gold(scorecard: dict[str, Any] | None) -> float | None:
-    if scorecard is None or not scorecard["policies"]:
-        return None
-    gold: float | None = list(scorecard["policies"].values())[-1]["gold"]["overall"]
-    return gold

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from alignpipe.compose.command_line import read_line
-from alignpipe.compose.composition import compose_sweep
+from alignpipe.compose.sweeps import compose_sweep
 from alignpipe.errors import ConfigError
-from alignpipe.hydra_front import sweep, sweep_results
+from alignpipe.hydra_front import sweep
+from alignpipe.sweep import sweep_results
 
 
 @pytest.mark.parametrize(
