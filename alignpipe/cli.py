@@ -34,7 +34,7 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Entry point: run a command and turn what a user can cause into one line and an exit code."""
-    # Threads that wait by spinning are many times slower once anything else runs on the same cores; read as torch loads.
+    # Threads that wait by spinning are many times slower once anything else runs on the same cores; torch reads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _check_command(sys.argv[1:])

@@ -16,6 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from alignpipe.compose.command_line import CONFIG_DIR_VARIABLE, CONFIG_NAME, Line, read_line
 from alignpipe.compose.composition import (
@@ -28,7 +29,7 @@ from alignpipe.compose.composition import (
 )
 from alignpipe.compose.sweeps import Sweep, compose_sweep
 from alignpipe.errors import AlignpipeError, Stopped
-from alignpipe.job import prepare_job, run_apart, run_here
+from alignpipe.job import SWEEP_PROCESS, prepare_job, run_apart, run_here
 from alignpipe.objective import is_low_best, objective_title
 from alignpipe.signals import StopSignal
 from alignpipe.sweep import STOP, begin_sweep, close_sweep, sweep_results
@@ -64,10 +65,11 @@ def sweep(line: Line, console: Console) -> int:
         AlignpipeError: a job does not compose, and nothing has run; or the launcher itself failed.
     """
     found = compose_sweep(line)
-    words = [word for word in found.words if not word.startswith("hydra")]
-    begin_sweep(found.folder, words, named=found.config.sweep.name is not None)
+    begin_sweep(found.folder, found.jobs_words, named=found.config.sweep.name is not None)
     for number, composed in enumerate(found.jobs):
         prepare_job(composed, number, found.folder / str(number))
+    many = f"{len(found.jobs)} jobs" if found.jobs else "jobs"
+    Console(stderr=True, highlight=False).print(Text(f"sweep: {many} in {found.folder}"), soft_wrap=True)
     with StopSignal(lambda: (found.folder / STOP).touch()).listening() as stop:
         try:
             if found.by_hydra:
@@ -93,6 +95,7 @@ def _launch(line: Line, found: Sweep) -> None:
     Raises:
         AlignpipeError: it cannot start them, or lost the processes that run them.
     """
+    os.environ[SWEEP_PROCESS] = str(os.getpid())
     if line.folder is not None:
         # The workers compose too.
         os.environ[CONFIG_DIR_VARIABLE] = str(line.folder)

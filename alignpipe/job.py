@@ -29,6 +29,8 @@ from alignpipe.sweep import JOB, STOP, JobResult, read_result, write_result
 
 LOG = "log.txt"
 ERROR_LOG = "error.log"
+# Tells workers which process is the sweep.
+SWEEP_PROCESS = "ALIGNPIPE_SWEEP_PROCESS"
 
 
 def prepare_job(composed: Composed, number: int, folder: Path) -> JobResult:
@@ -77,15 +79,21 @@ def run_apart(folder: Path) -> JobResult:
         return result
     write_result(folder, replace(result, state="running"))
     parent = os.getppid()
+    # A worker of joblib is nothing without the sweep; one of a cluster goes on by itself.
+    is_child = os.environ.get(SWEEP_PROCESS) == str(parent)
     with StopSignal().listening() as stop, _process(folder) as process:
         assert process.stdin is not None
         with (folder / LOG).open(encoding="utf-8", errors="replace") as log:
             while _runs(process):
                 _pass_on(log.read(), result.job)
-                if stop.requested or stop_file.exists() or os.getppid() != parent:
+                orphaned = is_child and os.getppid() != parent
+                if stop.requested or stop_file.exists() or orphaned:
                     process.stdin.close()
             _pass_on(log.read(), result.job)
         asked = process.stdin.closed
+    if is_child and os.getppid() != parent:
+        # Nobody is left to hand a result to, and the pool would wait for more work.
+        os._exit(Stopped.exit_code)
     result = read_result(folder)
     if result.state == "running":
         code = process.returncode

@@ -1,6 +1,7 @@
 """A command line with -m -> its jobs, each composed and checked before the first one starts."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from alignpipe.compose.command_line import Line
 from alignpipe.compose.composition import Composed, compose_words, composing, explained, prepare
@@ -20,6 +21,9 @@ from alignpipe.config import Config
 from alignpipe.errors import ConfigError
 from alignpipe.objective import check_searchable, is_low_best
 
+# How jobs are run, compared and filed away, not what they are.
+_RANKS = re.compile(r"\+?(hydra|objective|sweep\.name=)")
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -27,6 +31,7 @@ class Sweep:
 
     Attributes:
         words: as Hydra takes them.
+        jobs_words: those of them that decide what the jobs are.
         folder: of the sweep.
         config: of the first job; what all jobs share can be read from it.
         jobs: composed and checked; empty when a sweeper of Hydra's picks values while it runs.
@@ -34,6 +39,7 @@ class Sweep:
     """
 
     words: list[str]
+    jobs_words: list[str]
     folder: Path
     config: Config
     jobs: list[Composed]
@@ -65,11 +71,14 @@ def compose_sweep(line: Line) -> Sweep:
         if searches:
             check_searchable(config, chosen["hydra/sweeper"])
             words += _search_words(config, raw, chosen)
-        name = config.sweep.name or _name(config, words)
-        folder = str(_raw([*tried[0], f"sweep.name={quote(name)}"], line).hydra.sweep.dir)
+        jobs_words = [word for word in words if not _RANKS.match(word)]
+        name = config.sweep.name or _name(config, jobs_words)
+        with open_dict(raw), read_write(raw):
+            raw.sweep.name = name
+        folder = str(raw.hydra.sweep.dir)
         words.append(f"hydra.sweep.dir={quote(folder)}")
         by_hydra = searches or chosen.get("hydra/launcher", "basic") != "basic"
-        return Sweep(words, Path(folder), config, [] if searches else jobs, by_hydra)
+        return Sweep(words, jobs_words, Path(folder), config, [] if searches else jobs, by_hydra)
 
 
 def _parse(words: list[str]) -> list[Override]:
