@@ -59,24 +59,17 @@ def test_sweep_over_a_glob_of_options() -> None:
 
 
 def test_sweep_over_pipelines_and_groups() -> None:
-    words = ["-m", "pipeline=llama2_style,zephyr_style", "launch=cpu,single"]
-    jobs = compose_sweep(read_line(words)).jobs
-    found = [(getattr(job.config.pipeline, "name", ""), job.config.launch.strategy) for job in jobs]
-    assert [name for name, _ in found] == ["llama2_style"] * 2 + ["zephyr_style"] * 2
-    assert len(set(found)) == 4
+    jobs = compose_sweep(read_line(["-m", "pipeline=llama2_style,zephyr_style", "adapter=lora"])).jobs
+    found = [(getattr(job.config.pipeline, "name", ""), job.config.adapter.kind) for job in jobs]
+    assert found == [("llama2_style", "lora"), ("zephyr_style", "lora")]
 
 
 def test_values_that_a_file_sweeps_over_are_swept(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      stages.ppo.kl_coef: 0.1,0.2\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
-    found = compose_sweep(read_line(["-m", "experiment=mine", "seed=1,2", "--config-dir", str(tmp_path)]))
-    assert [(vars(job.config.stages["ppo"])["kl_coef"], job.config.seed) for job in found.jobs] == [
-        (0.1, 1),
-        (0.1, 2),
-        (0.2, 1),
-        (0.2, 2),
-    ]
+    found = compose_sweep(read_line(["-m", "experiment=mine", "--config-dir", str(tmp_path)]))
+    assert [vars(job.config.stages["ppo"])["kl_coef"] for job in found.jobs] == [0.1, 0.2]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +77,7 @@ def test_values_that_a_file_sweeps_over_are_swept(tmp_path: Path) -> None:
     [
         (["stage=dpo", "stage.beta=0.1,0"], r"stage\.beta: must be more than 0"),
         (["stage=dpo", "stage.beta=interval(0,1)", "hydra/sweeper=optuna"], r"stage\.beta: must be more"),
-        (["stage=dpo", "stage.bata=interval(0.1,1)", "hydra/sweeper=optuna"], r"Did you mean stage\.beta\?"),
+        (["stage=dpo", "stage.betta=interval(0.1,1)", "hydra/sweeper=optuna"], r"Did you mean stage\.beta\?"),
         (["stage=dpo", "stage.beta=0.1,0.2", "objective=dpo.eval_los"], r"Did you mean dpo\.eval_loss\?"),
         (
             ["stage=dpo", "stage.beta=0.1,0.2", "hydra/sweeper=optuna"],
@@ -141,10 +134,11 @@ def test_missing_plugin_is_one_line_with_the_command_that_brings_it(
 
 
 def test_search_gets_direction_and_seed_unless_told() -> None:
-    words = ["-m", "stages.ppo.kl_coef=interval(0.1,1)", "hydra/sweeper=optuna", "seed=3"]
-    found = compose_sweep(read_line(words)).words
+    words = ["-m", "stage=dpo", "stage.beta=interval(0.1,1)", "hydra/sweeper=optuna", "seed=3"]
+    found = compose_sweep(read_line([*words, "objective=dpo.eval_accuracy"])).words
     assert {"hydra.sweeper.direction=maximize", "hydra.sweeper.sampler.seed=3"} <= set(found)
-    found = compose_sweep(read_line([*words, "objective=ppo.kl", "hydra.sweeper.sampler.seed=5"])).words
+    words += ["objective=dpo.eval_loss", "hydra.sweeper.sampler.seed=5"]
+    found = compose_sweep(read_line(words)).words
     assert "hydra.sweeper.direction=minimize" in found
     assert "hydra.sweeper.sampler.seed=3" not in found
 
@@ -152,20 +146,22 @@ def test_search_gets_direction_and_seed_unless_told() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["pipeline=zephyr_style", "seed=3", "data.world.mix.loaded=2"],
-        ["pipeline=from_scratch"],
-        ["experiment=reward_hacking"],
+        ["pipeline=from_scratch", "data.world.mix.loaded=2"],
         ["stage=dpo", "model=pretrained", "model.path='/a b (x)'", "adapter=lora", "launch=fsdp2"],
-        ["+stage@stages.rs_2=rs", "stages.rs_2.reward_model=rm", "pipeline.order=[sft,collect,rm,rs_2]"],
     ],
     ids=str,
 )
 def test_file_of_a_job_composes_to_what_it_was_made_from(words: list[str], tmp_path: Path) -> None:
-    composed = compose(words)
+    composed = compose([*words, "seed=3"])
     (tmp_path / "best.yaml").write_text(rerun_yaml(composed), encoding="utf-8")
     again = ["--config-dir", str(tmp_path), "--config-name", "best"]
     assert compose(again).config == composed.config
-    assert compose([*again, "seed=7"]).config == compose([*words, "seed=7"]).config
+
+
+def test_seed_after_the_file_of_a_job_reaches_every_stage(tmp_path: Path) -> None:
+    (tmp_path / "best.yaml").write_text(rerun_yaml(compose(["pipeline=zephyr_style"])), encoding="utf-8")
+    config = compose(["--config-dir", str(tmp_path), "--config-name", "best", "seed=7"]).config
+    assert {stage.seed for stage in config.stages.values()} == {7}
 
 
 def test_failed_jobs_do_not_stop_the_others(
@@ -187,12 +183,12 @@ def test_failed_jobs_do_not_stop_the_others(
 def test_best_job_stands_first_and_runs_again_from_its_file(
     copied: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("pipeline.order=[sft,collect]", "stages.collect.num_samples=3,2,4")
+    words = ("pipeline.order=[sft,collect]", "stages.collect.num_samples=3,4")
     figure = "objective=collect.labeler_agreement"
     assert _sweep(copied, *words, figure) == 0
     rows = _rows(copied)
     values = [float(row["collect.labeler_agreement"]) for row in rows]
-    assert values == sorted(values, reverse=True) and len(set(values)) == 3
+    assert values == sorted(values, reverse=True) and len(set(values)) == 2
     folder = copied.outputs / "sweeps" / "mine"
     command = f"alignpipe run --config-dir {folder} --config-name best"
     assert command in capsys.readouterr().out
@@ -216,7 +212,7 @@ def test_best_job_stands_first_and_runs_again_from_its_file(
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"],
         ["hydra/launcher=submitit_local"],
-        ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "objective=ppo.gold.overall"],
+        ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.direction=maximize"],
     ],
     ids=lambda words: words[0],
 )
@@ -224,7 +220,8 @@ def test_launcher_and_sweeper_run_whole_runs_and_reuse(words: list[str], copied:
     process = subprocess.run(
         [
             *(sys.executable, "-m", "alignpipe", "run", "-m", *SMALL, "sweep.name=mine"),
-            *("stages.ppo.kl_coef=choice(0.1)", *words),
+            *("pipeline.order=[sft,collect]", "stages.collect.num_samples=choice(4)"),
+            *("objective=collect.labeler_agreement", *words),
         ],
         cwd=copied.outputs.parent,
         env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
@@ -236,9 +233,9 @@ def test_launcher_and_sweeper_run_whole_runs_and_reuse(words: list[str], copied:
     assert "Traceback" not in process.stderr
     rows = _rows(copied)
     assert {row["state"] for row in rows} == {"done"}
-    scores = {row[title] for row in rows for title in row if title in ("gold", "ppo.gold.overall")}
+    scores = {row["collect.labeler_agreement"] for row in rows}
     assert len(scores) == 1 and scores != {""}
-    assert set(copied.states().values()) == {"reused"}
+    assert copied.states() == {"sft": "reused", "collect": "reused"}
 
 
 def test_launcher_that_cannot_start_says_so_in_one_line(copied: Project) -> None:
