@@ -248,6 +248,13 @@ class RunConfig:
 
 
 @dataclass
+class SweepConfig:
+    """The sweep's own name."""
+
+    name: str | None = plain()
+
+
+@dataclass
 class PipelineConfig:
     """A chain of stages, by name, in the order they run."""
 
@@ -407,6 +414,10 @@ class Config:
     output_dir: str = plain()
     trackers: list[str] = plain()
     run: RunConfig = field(default_factory=RunConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    objective: str | None = plain()
+    objective_direction: str = choice("auto", "maximize", "minimize")
+    objective_allow_proxy: bool = plain()
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

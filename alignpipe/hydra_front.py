@@ -4,7 +4,6 @@ Hydra knows no subcommands, so its entry point is called with a command line of 
 """
 
 import io
-import json
 import os
 import re
 import sys
@@ -17,23 +16,23 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from alignpipe.artifact import write_json
-from alignpipe.compose.command_line import CONFIG_NAME, Line
+from alignpipe.compose.command_line import CONFIG_DIR_VARIABLE, CONFIG_NAME, Line, read_line
 from alignpipe.compose.composition import (
-    Composed,
     built_in_folder,
     checked,
     compose,
-    compose_sweep,
     explained,
     prepared_words,
+    setup,
 )
+from alignpipe.compose.sweeps import Sweep, compose_sweep
 from alignpipe.errors import AlignpipeError, Stopped
-from alignpipe.pipeline.runner import run
-
-RESULT = "result.json"
+from alignpipe.job import SWEEP_PROCESS, prepare_job, run_apart, run_here
+from alignpipe.objective import is_low_best, objective_title
+from alignpipe.signals import StopSignal
+from alignpipe.sweep import STOP, begin_sweep, close_sweep, sweep_results
 
 
 def show(line: Line, argv: list[str]) -> str:
@@ -57,38 +56,62 @@ def sweep(line: Line, console: Console) -> int:
     """Run one job for each combination, all of them checked before the first.
 
     A job that fails does not stop the others. Jobs run here one after the other, unless a launcher
-    or sweeper of Hydra's is chosen.
+    or sweeper of Hydra's is chosen; its workers give each job a process of its own.
 
     Returns:
-        Exit code: 0 when every job is done, else 1.
+        Exit code: 0 when every job is done, 75 when a signal ended the sweep, else 1.
 
     Raises:
-        AlignpipeError: a job does not compose; nothing has run then.
-        SystemExit: a signal ended the sweep.
+        AlignpipeError: a job does not compose, and nothing has run; or the launcher itself failed.
     """
     found = compose_sweep(line)
+    begin_sweep(found.folder, found.jobs_words, named=found.config.sweep.name is not None)
+    for number, composed in enumerate(found.jobs):
+        prepare_job(composed, number, found.folder / str(number))
+    many = f"{len(found.jobs)} jobs" if found.jobs else "jobs"
+    Console(stderr=True, highlight=False).print(Text(f"sweep: {many} in {found.folder}"), soft_wrap=True)
+    with StopSignal(tell=lambda: (found.folder / STOP).touch()).listening() as stop:
+        try:
+            if found.by_hydra:
+                _launch(line, found)
+            else:
+                for number, composed in enumerate(found.jobs):
+                    if stop.requested or run_here(composed, found.folder / str(number)).state == "stopped":
+                        break
+        finally:
+            results = close_sweep(
+                found.folder,
+                objective_title(found.config),
+                low_is_best=is_low_best(found.config),
+                console=console,
+            )
+    states = {result.state for result in results}
+    return Stopped.exit_code if stop.requested or "stopped" in states else int(states != {"done"})
+
+
+def _launch(line: Line, found: Sweep) -> None:
+    """Hand the jobs to a launcher or sweeper of Hydra's.
+
+    Raises:
+        AlignpipeError: it cannot start them, or lost the processes that run them.
+    """
+    os.environ[SWEEP_PROCESS] = str(os.getpid())
+    if line.folder is not None:
+        # The workers compose too.
+        os.environ[CONFIG_DIR_VARIABLE] = str(line.folder)
     try:
-        if found.by_hydra:
-            with explained(found.words):
-                _call_hydra(_job, line.flags, found.words)
-        else:
-            for number, composed in enumerate(found.jobs):
-                with suppress(AlignpipeError):
-                    _run_job(composed, number, found.folder / str(number))
-    except AlignpipeError:
-        # A job has said its error already, and the table says which; anything else has yet to be said.
-        if not sweep_results(found.folder):
+        with explained(found.words):
+            _call_hydra(_job, line.flags, found.words)
+    except Stopped:
+        pass
+    except Exception as error:
+        # Where jobs have failed, the table says so; a sweeper may only repeat that none is left to choose from.
+        if any(result.state == "failed" for result in sweep_results(found.folder)):
+            return
+        if isinstance(error, AlignpipeError):
             raise
-    finally:
-        results = sweep_results(found.folder)
-        _print_results(results, found.folder, console)
-    return int(any(result["state"] != "done" for result in results))
-
-
-def sweep_results(folder: Path) -> list[dict[str, Any]]:
-    """What the jobs of a sweep left behind, in their order."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{RESULT}")]
-    return sorted(results, key=lambda result: int(result["job"]))
+        first = str(error).strip().partition("\n")[0]
+        raise AlignpipeError(f"the launcher failed: {type(error).__name__}: {first}") from error
 
 
 def _call_hydra(task: Callable[[DictConfig], Any], flags: list[str], words: list[str]) -> None:
@@ -107,41 +130,16 @@ def _nothing(_config: DictConfig) -> None:
 
 
 def _job(raw: DictConfig) -> float | None:
+    """What a launcher's worker calls for each job; None tells a sweeper that it has no value."""
     settings = HydraConfig.get()
     words = [str(word) for word in settings.overrides.task]
+    folder = Path(settings.runtime.output_dir)
+    setup(read_line([]).folder)
     with explained(words):
         composed = checked(raw, words, {})
-    return _run_job(composed, settings.job.num, Path(settings.runtime.output_dir))
-
-
-def _run_job(composed: Composed, number: int, folder: Path) -> float | None:
-    """Run one job and leave its result behind, however it ends."""
-    words = [word for word in composed.overrides if not word.startswith(("~", "hydra"))]
-    result: dict[str, Any] = {"job": number, "words": words, "state": "failed", "error": None, "value": None}
-    try:
-        value = run(composed.config, composed.overrides, composed.yaml)
-        result |= {"state": "done", "value": value}
-        return value
-    except AlignpipeError as error:
-        result["error"] = str(error)
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
-        if isinstance(error, Stopped):
-            result["state"] = "stopped"
-            # The jobs after it must not start; Hydra too goes on after an Exception, but not after this.
-            raise SystemExit(error.exit_code) from error
-        raise
-    finally:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RESULT, result)
-
-
-def _print_results(results: list[dict[str, Any]], folder: Path, console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in ("job", "words", "state", "gold"):
-        table.add_column(title, overflow="fold")
-    for result in results:
-        gold = "" if result["value"] is None else f"{result['value']:.3f}"
-        table.add_row(str(result["job"]), " ".join(result["words"]), result["state"], gold)
-    if results:
-        console.print(table)
-        console.print(f"sweep: {folder}", markup=False, soft_wrap=True)
+    prepare_job(composed, settings.job.num, folder)
+    result = run_apart(folder)
+    if result.state in ("waiting", "stopped"):
+        # A sweeper must not try another value in its place.
+        raise Stopped("stopped; run the same command to go on")
+    return result.value

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,9 +19,11 @@ class StopSignal:
     Args:
         file: of one of several processes: the command that started them asks for the end by making it, since a
             signal to all of them would come to some twice.
+        tell: called once, at the first signal.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, tell: Callable[[], None] = lambda: None) -> None:
+        self._tell = tell
         self.received: signal.Signals | None = None
         self._file = file
 
@@ -53,6 +55,7 @@ class StopSignal:
             # The first signal was heard and the save is slow or stuck: the user means it.
             os._exit(130)
         self.received = signal.Signals(number)
+        self._tell()
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:

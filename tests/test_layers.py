@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alignpipe"
 # What everybody may use: words, errors, what a stage is told and what it leaves behind.
-BASE = {"config", "errors", "artifact", "task", "signals"}
+BASE = {"config", "errors", "artifact", "task", "signals", "objective"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "artifact": {"errors"},
     "signals": {"errors"},
+    "objective": {"config", "errors"},
     "task": {"artifact", "config", "errors"},
     "processes": {"errors"},
     "toy": set(),
@@ -27,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": {"artifact", "task"},
     "compose": {"data"} | BASE,
     "pipeline": {"data", "worker"} | BASE,
-    "hydra_front": {"compose", "pipeline"} | BASE,
+    "sweep": BASE,
+    "job": {"compose", "pipeline", "sweep"} | BASE,
+    "hydra_front": {"compose", "job", "sweep"} | BASE,
     "cli": {"compose", "hydra_front", "pipeline", "data"} | BASE,
     "__main__": {"cli"},
     "__init__": set(),
@@ -39,11 +42,14 @@ QUICK = (
     "config",
     "artifact",
     "signals",
+    "objective",
     "task",
     "toy",
     "data",
     "pipeline",
     "compose",
+    "sweep",
+    "job",
     "hydra_front",
     "cli",
 )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from alignpipe.compose.command_line import read_line
 from alignpipe.compose.composition import compose
+from alignpipe.compose.sweeps import compose_sweep
 from alignpipe.config import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +35,11 @@ def test_command_of_the_readme_composes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    words = [word for word in shlex.split(command)[2:] if word != "-m"]
-    # A sweep is one composition a value.
-    composed = compose([re.sub(r"^(stages\.\w+\.\w+=[^,\[]*),.*$", r"\1", word) for word in words])
+    words = shlex.split(command)[2:]
+    if "-m" in words:
+        assert compose_sweep(read_line(words)).words
+        return
+    composed = compose(words)
     assert composed.config.stage is not None or composed.config.pipeline is not None
 
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -29,6 +27,7 @@ from alignpipe.compose.guards import check_values, check_words, hide_secrets
 from alignpipe.compose.strict import check_keys, own_problems
 from alignpipe.config import Config, problems, register
 from alignpipe.errors import ConfigError
+from alignpipe.objective import check_objective
 
 TASK_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError, RecursionError)
 
@@ -97,7 +96,12 @@ def groups() -> list[str]:
 
 
 @contextmanager
-def _hydra(line: Line) -> Iterator[None]:
+def composing(line: Line) -> Iterator[None]:
+    """Hydra over the built-in folder and the user's own.
+
+    Raises:
+        ConfigError: a file of the user's folder is broken.
+    """
     setup(line.folder)
     with _session():
         yield
@@ -156,66 +160,25 @@ def compose(argv: list[str]) -> Composed:
     line = read_line(argv)
     if line.multirun:
         raise ConfigError("-m makes several runs; leave it and the commas out, or use it with alignpipe run")
-    with _hydra(line):
-        return _compose(prepare(line), line.config_name)
+    with composing(line):
+        return compose_words(prepare(line), line.config_name)
 
 
-def _compose(overrides: list[str], config_name: str) -> Composed:
+def compose_words(overrides: list[str], config_name: str) -> Composed:
+    """Compose and check words that are prepared; only inside a composition.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
     with explained(overrides):
         raw = hydra.compose(config_name, overrides, return_hydra_config=True)
         choices = {str(group): str(option) for group, option in raw.hydra.runtime.choices.items()}
         return checked(raw, overrides, choices)
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Several runs from one command line.
-
-    Attributes:
-        words: as Hydra takes them.
-        folder: of the sweep.
-        jobs: composed and checked; empty when a sweeper of Hydra's picks values while it runs.
-        by_hydra: another launcher or sweeper than the plain one was chosen.
-    """
-
-    words: list[str]
-    folder: Path
-    jobs: list[Composed]
-    by_hydra: bool
-
-
-def compose_sweep(line: Line) -> Sweep:
-    """Compose and check every job of a sweep before the first one starts.
-
-    Raises:
-        AlignpipeError: as `compose`, for any job.
-    """
-    with _hydra(line):
-        overrides = prepare(line)
-        plugins = [word for word in overrides if re.match(r"\+?hydra/(launcher|sweeper)=", word)]
-        with explained(overrides):
-            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-            parsed = parser.parse_overrides(overrides)
-            if any("hydra/sweeper=" in word for word in plugins):
-                pairs = zip(overrides, parsed, strict=True)
-                words_of_jobs = []
-                first = [word for word, item in pairs if not item.is_sweep_override()]
-            else:
-                batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-                words_of_jobs = [list(job) for batch in batches for job in batch]
-                first = words_of_jobs[0]
-        jobs = [_compose(job, line.config_name) for job in words_of_jobs]
-        with explained(first):
-            raw = hydra.compose(line.config_name, first, return_hydra_config=True)
-            folder = str(raw.hydra.sweep.dir)
-        return Sweep(
-            [*overrides, f"hydra.sweep.dir={words.quote(folder)}"], Path(folder), jobs, bool(plugins)
-        )
-
-
 def prepared_words(line: Line) -> list[str]:
     """The words for Hydra's own front, without composing."""
-    with _hydra(line):
+    with composing(line):
         return prepare(line)
 
 
@@ -273,6 +236,7 @@ def _check_whole(config: Config) -> None:
             "there is nothing to run: name a stage (stage=sft) or a pipeline (pipeline=llama2_style)"
         )
     check_values(config, built_in_folder(), UserFolder.folder)
+    check_objective(config)
     found = list(own_problems(problems(config)))
     if found:
         raise ConfigError("; ".join(found[:20]))

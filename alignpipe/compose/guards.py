@@ -3,14 +3,22 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from alignpipe.compose.yaml_files import CODE_KEYS, key_lines
 from alignpipe.config import KINDS, Config, StageConfig
-from alignpipe.errors import ConfigError, did_you_mean
+from alignpipe.errors import ConfigError, MachineError, did_you_mean
 
 TRACKERS = ("tensorboard", "wandb")
+# Word that needs a plugin of Hydra's -> the plugin, and our extra that brings it.
+_PLUGINS = {
+    "hydra/launcher=joblib": ("hydra_joblib_launcher", "sweep"),
+    "hydra/launcher=submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "hydra/launcher=submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "sweep"),
+}
 _SECRETS = (
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
     re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"),
@@ -29,8 +37,10 @@ def check_words(words: list[str]) -> None:
 
     Raises:
         ConfigError: the value of a secret is not repeated.
+        MachineError: a word needs a plugin of Hydra's that is not installed.
     """
     for word in words:
+        _check_plugin(word)
         key, equals, value = word.partition("=")
         if _is_secret(value):
             raise ConfigError(_secret(key))
@@ -45,6 +55,13 @@ def check_words(words: list[str]) -> None:
             raise ConfigError(f"{word!r} is no word of the form key=value. {hint}")
         if equals and not key.strip("+~"):
             raise ConfigError(f"{word!r}: there is no key before the =; write key=value")
+
+
+def _check_plugin(word: str) -> None:
+    plugin, extra = _PLUGINS.get(word.lstrip("+"), ("", ""))
+    # The package that holds all plugins is itself not there while none is installed.
+    if plugin and (find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None):
+        raise MachineError(f"{word}: its plugin is not installed; pip install 'alignpipe[{extra}]'")
 
 
 def check_values(config: Config, built_in: Path, user: Path | None) -> None:
@@ -108,10 +125,10 @@ def named_stages(config: Config) -> dict[str, StageConfig]:
 
 
 def _names(config: Config) -> Iterator[str]:
-    name = config.run.name
-    if name is not None and (not _RUN_NAME.fullmatch(name) or _DEVICE_NAMES.fullmatch(name)):
-        shown = name if len(name) <= 40 else f"{name[:40]}..."
-        yield f"run.name: {shown!r} is no folder name; use letters, digits, . _ -, a letter or digit first"
+    for key, name in (("run.name", config.run.name), ("sweep.name", config.sweep.name)):
+        if name is not None and (not _RUN_NAME.fullmatch(name) or _DEVICE_NAMES.fullmatch(name)):
+            shown = name if len(name) <= 40 else f"{name[:40]}..."
+            yield f"{key}: {shown!r} is no folder name; use letters, digits, . _ -, a letter or digit first"
     if not config.output_dir.strip():
         yield "output_dir: is empty; name a folder, for example outputs"
     for tracker in config.trackers:

@@ -9,6 +9,7 @@ import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
+from alignpipe.objective import objective_value
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
 from alignpipe.pipeline.launch import run_in_processes, runs_here
@@ -34,7 +36,20 @@ RENDEZVOUS = "rendezvous"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def run(config: Config, words: list[str], yaml: str) -> float | None:
+@dataclass(frozen=True)
+class Done:
+    """A run that came to its end.
+
+    Attributes:
+        name: of its folder.
+        value: of the objective; None where it has none.
+    """
+
+    name: str
+    value: float | None
+
+
+def run(config: Config, words: list[str], yaml: str) -> Done:
     """Run everything a configuration asks for.
 
     Args:
@@ -43,7 +58,7 @@ def run(config: Config, words: list[str], yaml: str) -> float | None:
         yaml: the configuration as text, interpolations unresolved, recorded.
 
     Returns:
-        Gold score of the last policy of the first eval stage, or None.
+        The run's name, and what its objective came to.
 
     Raises:
         AlignpipeError: what went wrong, in one line; finished stages are kept.
@@ -70,7 +85,7 @@ class Runner:
         self._store = Store(Path(config.output_dir).absolute())
         self._stop = StopSignal()
 
-    def run(self) -> float | None:
+    def run(self) -> Done:
         """Plan, then run the stages."""
         with self._stop.listening():
             self._plan = make_plan(self._config)
@@ -87,11 +102,12 @@ class Runner:
                 else:
                     self._join(node)
             if self._config.launch.machine_rank > 0:
-                return None
+                return Done(self._plan.run, None)
             self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
             scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
         print_scorecard(scorecard, self._folder, Console(highlight=False))
-        return _last_gold(scorecard)
+        metrics = {node.name: self._metrics(node) for node in self._plan.graph.order}
+        return Done(self._plan.run, objective_value(self._config.objective, scorecard, metrics))
 
     def _open_folder(self) -> None:
         """Make or reopen the run's folder.
@@ -226,14 +242,17 @@ class Runner:
         temporary.replace(self._folder / node.name)
 
     def _tell(self, node: Node, seconds: float, *, reused: bool) -> None:
-        manifest = self._store.find(node.kind, node.key)
         figures = " ".join(
             f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in (manifest.metrics if manifest else {}).items()
+            for name, value in self._metrics(node).items()
             if isinstance(value, int | float)
         )
         what = "reused" if reused else f"done in {_clock(seconds)}"
         self._say(f"{node.name:<8} {what}  {figures}")
+
+    def _metrics(self, node: Node) -> dict[str, Any]:
+        manifest = self._store.find(node.kind, node.key)
+        return dict(manifest.metrics) if manifest is not None else {}
 
     def _stage(self, node: Node) -> dict[str, Any]:
         return next(stage for stage in self._stages if stage["name"] == node.name)
@@ -257,10 +276,3 @@ def _is_other(rendezvous: Path, joined: str) -> bool:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _last_gold(scorecard: dict[str, Any] | None) -> float | None:
-    if scorecard is None or not scorecard["policies"]:
-        return None
-    gold: float | None = list(scorecard["policies"].values())[-1]["gold"]["overall"]
-    return gold

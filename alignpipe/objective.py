@@ -1,0 +1,178 @@
+"""What the jobs of a sweep are compared by: `STAGE.FIGURE`, checked before anything runs, read when all is done.
+
+A policy's figures are those of its scorecard, `ppo.gold.overall`; every other figure is a metric of its stage,
+`rm.gold_accuracy`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alignpipe.config import TOY, Config, EvalConfig, StageConfig
+from alignpipe.errors import ConfigError, did_you_mean, nearest
+
+# Figures of a policy in the scorecard -> the key of the eval stage that they need, or None.
+POLICY_FIGURES: dict[str, str | None] = {
+    "gold.overall": "judge",
+    "gold.helpful": "judge",
+    "gold.truthful": "judge",
+    "gold.harmless": "judge",
+    "prejudice.gold_gap": "judge",
+    "prejudice.refusal_gap": "judge",
+    "prejudice.reward_gap": "reward_model",
+    "reward": "reward_model",
+    "kl": "reference",
+    "length": None,
+    "finished": None,
+}
+# Metrics that a stage ends with, by kind.
+STAGE_FIGURES: dict[str, tuple[str, ...]] = {
+    "sft": ("eval_loss",),
+    "collect": ("labeler_agreement", "gold_mean", "finished"),
+    "rm": ("accuracy", "gold_accuracy", "margin", "calibration_error", "eval_loss"),
+    "rs": ("eval_loss", "reward_mean", "reward_best", "without_eos"),
+    "ppo": ("reward", "kl"),
+    "dpo": ("eval_loss", "eval_accuracy"),
+    "eval": (),
+}
+# What the training itself pushes up; ranking by it is reward hacking by hyperparameter (arXiv:2210.10760).
+PROXIES = ("reward", "reward_mean", "reward_best")
+_LOW_IS_BEST = ("loss", "kl", "gap", "error", "without_eos")
+
+
+def check_objective(config: Config) -> None:
+    """Refuse an objective that no run of this configuration can have, or that training itself maximizes.
+
+    Raises:
+        ConfigError: with the nearest figure there is.
+    """
+    objective = config.objective
+    if objective is None:
+        return
+    known = list(_figures(config))
+    name, _, figure = objective.partition(".")
+    if objective not in known:
+        raise ConfigError(f"objective: {_why_not(config, name, figure, known)}")
+    if figure in PROXIES and not config.objective_allow_proxy:
+        gold = f"{name}.gold.overall"
+        instead = f"take {gold}" if gold in known else "take a figure that it is not trained on"
+        raise ConfigError(
+            f"objective: {objective} is the reward that training maximizes, not how good the answers are; {instead}, "
+            f"or allow it with objective_allow_proxy=true"
+        )
+
+
+def check_searchable(config: Config, sweeper: str) -> None:
+    """Refuse a search over runs that end without a figure to search by.
+
+    Raises:
+        ConfigError: with a figure that there is.
+    """
+    judge = _judge(config)
+    if config.objective is None and (judge is None or _lacks(judge, "gold.overall") is not None):
+        known = [item for item in _figures(config) if item.partition(".")[2] not in PROXIES]
+        hint = f"for example objective={known[0]}" if known else "add an eval stage to pipeline.order"
+        raise ConfigError(f"hydra/sweeper={sweeper}: there is no gold score to search by; {hint}")
+
+
+def is_low_best(config: Config) -> bool:
+    """Whether the smallest value of the objective is the best one."""
+    if config.objective_direction == "auto":
+        last = (config.objective or "").rpartition(".")[2]
+        return last.endswith(_LOW_IS_BEST)
+    return config.objective_direction == "minimize"
+
+
+def objective_title(config: Config) -> str:
+    """What the objective is called in a table."""
+    return config.objective or "gold"
+
+
+def objective_value(
+    objective: str | None, scorecard: Mapping[str, Any] | None, metrics: Mapping[str, Mapping[str, Any]]
+) -> float | None:
+    """Read an objective once a run is done.
+
+    Args:
+        objective: `STAGE.FIGURE`; None for the gold score of the last policy.
+        scorecard: of the run, None where no eval stage ran.
+        metrics: last figures of each stage, by name.
+
+    Returns:
+        Its value; None where the run has none, such as a loss without held-out rows.
+    """
+    policies = {} if scorecard is None else scorecard["policies"]
+    if objective is None:
+        return _select(list(policies.values())[-1], "gold.overall") if policies else None
+    name, _, figure = objective.partition(".")
+    found = _select(policies.get(name), figure)
+    return _select(metrics.get(name), figure) if found is None else found
+
+
+def _select(figures: Any, path: str) -> float | None:
+    for part in path.split("."):
+        figures = figures.get(part) if isinstance(figures, Mapping) else None
+    return float(figures) if isinstance(figures, int | float) else None
+
+
+def _stages(config: Config) -> dict[str, StageConfig]:
+    """The stages that run, by name."""
+    if config.stage is not None:
+        return {config.stage.kind: config.stage}
+    order = config.pipeline.order if config.pipeline is not None else []
+    return {name: config.stages[name] for name in order if name in config.stages}
+
+
+def _judge(config: Config) -> EvalConfig | None:
+    """The eval stage that the scorecard is made of: the last one."""
+    judges = [stage for stage in _stages(config).values() if isinstance(stage, EvalConfig)]
+    return judges[-1] if judges else None
+
+
+def _lacks(judge: EvalConfig, figure: str) -> str | None:
+    """What an eval stage lacks for a figure: a word that would give it, or None."""
+    need = POLICY_FIGURES[figure]
+    if figure.startswith(("gold", "prejudice")) and (
+        judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
+    ):
+        return "data=toy, since the gold judge knows the embedded world alone"
+    if need == "reward_model" and judge.reward_model is None:
+        return "a reward_model in the eval stage"
+    if need == "reference" and judge.reference is None:
+        return "a reference in the eval stage"
+    return None
+
+
+def _figures(config: Config) -> Iterator[str]:
+    """Every objective that this configuration can have."""
+    judge = _judge(config)
+    if judge is not None:
+        for policy in judge.policies:
+            yield from (f"{policy}.{figure}" for figure in POLICY_FIGURES if _lacks(judge, figure) is None)
+    for name, stage in _stages(config).items():
+        yield from (f"{name}.{figure}" for figure in STAGE_FIGURES[stage.kind])
+
+
+def _why_not(config: Config, name: str, figure: str, known: list[str]) -> str:
+    judge = _judge(config)
+    names = sorted({item.partition(".")[0] for item in known} | set(_stages(config)))
+    if name not in names:
+        near = nearest(name, names)
+        mended = f"{near}.{figure}" if figure and f"{near}.{figure}" in known else near
+        hint = f"Did you mean {mended}?" if near else did_you_mean(name, names)
+        return f"there is no stage {name!r} here. {hint}"
+    own = [item for item in known if item.partition(".")[0] == name]
+    if figure in POLICY_FIGURES and judge is None:
+        return f"{name}.{figure} needs an eval stage in pipeline.order"
+    if judge is not None and name not in judge.policies and figure in POLICY_FIGURES:
+        return (
+            f"{name}.{figure} needs {name} among the policies of the eval stage ({', '.join(judge.policies)})"
+        )
+    if judge is not None and figure in POLICY_FIGURES and (lack := _lacks(judge, figure)) is not None:
+        return f"{name}.{figure} needs {lack}"
+    if not figure:
+        return (
+            f"{name} is a stage, name one of its figures: {', '.join(own)}"
+            if own
+            else f"{name} has no figure"
+        )
+    return f"stage {name} has no figure {figure!r}. {did_you_mean(f'{name}.{figure}', own)}"
