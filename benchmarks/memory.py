@@ -82,6 +82,10 @@ def _sizes(rollout: int, batch: int, micro: int, response: int) -> tuple[str, ..
     return f"stage.rollout_size={rollout}", *_batch(batch, micro), *lengths
 
 
+def _cut(strategy: str) -> tuple[str, str]:
+    return f"launch.strategy={strategy}", "launch.num_processes=2"
+
+
 CASES = (
     Case("3M", "sft", 32, 96, (*FIT, *ASK, *_batch(16, 16))),
     Case("3M", "sft", 64, 448, (*FIT, *ASK, *_batch(8, 4))),
@@ -97,6 +101,13 @@ CASES = (
     Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32))),
     Case("2M", "rs", 32, 64, (*RS, *_batch(8, 8), "stage.num_prompts=64", "stage.max_response_length=64")),
     Case("14M", "collect", 64, 96, (*COLLECT, "stage.max_response_length=96"), "toy"),
+    Case("28M", "sft", 48, 208, (*FIT, *ASK, *_batch(8, 4), "launch.gradient_checkpointing=true")),
+    Case("57M", "rm", 32, 96, (*FIT, *_batch(4, 2), "launch.num_processes=2")),
+    Case("57M", "sft", 32, 96, (*FIT, *ASK, *_batch(8, 4), *_cut("fsdp2"))),
+    Case("57M", "rm", 32, 96, (*FIT, *_batch(8, 4), *_cut("zero2"))),
+    Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32), *_cut("fsdp2"))),
+    Case("28M", "sft", 32, 96, (*FIT, *ASK, *_batch(8, 4), "adapter=lora")),
+    Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32), "adapter=lora")),
 )
 
 

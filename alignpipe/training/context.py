@@ -148,7 +148,9 @@ class Context:
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         launch = self.task.launch
         if launch.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            # Older releases of transformers know it by its first name alone.
+            older = model.gradient_checkpointing_enable
+            getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
         return shard(model, launch, self.device) if launch.strategy in SHARDED else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
