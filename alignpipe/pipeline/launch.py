@@ -9,14 +9,18 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from alignpipe.artifact import remove_tree
+from alignpipe.artifact import remove_tree, write_text
 from alignpipe.config import SHARDED, LaunchConfig
 from alignpipe.errors import AlignpipeError, ProcessLost
 from alignpipe.signals import StopSignal
 from alignpipe.task import ERRORS, STOP, STUCK, Task
+
+# In a stage's working folder: the attempt under way.
+RENDEZVOUS = "rendezvous"
 
 
 def num_processes(launch: LaunchConfig) -> int:
@@ -39,6 +43,19 @@ def visible_gpus() -> int:
 def runs_here(launch: LaunchConfig) -> bool:
     """Whether a stage runs in the process that the user started."""
     return num_processes(launch) == 1 and launch.strategy not in SHARDED
+
+
+def begin(task: Task) -> str:
+    """Forget how the last attempt at a stage went, and tell other machines that a new one begins.
+
+    Returns:
+        The id by which the machines of this attempt find each other.
+    """
+    remove_tree(task.work / ERRORS)
+    (task.work / STOP).unlink(missing_ok=True)
+    rendezvous_id = uuid.uuid4().hex
+    write_text(task.work / RENDEZVOUS, rendezvous_id)
+    return rendezvous_id
 
 
 def run_in_processes(
@@ -65,9 +82,6 @@ def run_in_processes(
         ProcessLost: one was killed, or did not answer in time.
         Stopped: a signal came and the state is saved.
     """
-    if task.launch.machine_rank == 0:
-        remove_tree(task.work / ERRORS)
-        (task.work / STOP).unlink(missing_ok=True)
     num_local = num_processes(task.launch) // task.launch.num_machines
     launcher = subprocess.Popen(
         [sys.executable, "-m", "alignpipe.launcher", str(path), rendezvous_id, str(num_local)],

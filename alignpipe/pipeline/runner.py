@@ -6,7 +6,6 @@ Config -> plan (every check) -> run folder -> each stage in order -> scorecard a
 import os
 import time
 import traceback
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from alignpipe.errors import AlignpipeError, ConfigError, Stopped
 from alignpipe.objective import objective_value
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
-from alignpipe.pipeline.launch import run_in_processes, runs_here
+from alignpipe.pipeline.launch import RENDEZVOUS, begin, run_in_processes, runs_here
 from alignpipe.pipeline.plan import make_plan, reusable
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
 from alignpipe.pipeline.store import TASK, Store, read_run
@@ -32,7 +31,6 @@ from alignpipe.signals import StopSignal
 from alignpipe.task import write_task
 
 ERROR_LOG = "error.log"
-RENDEZVOUS = "rendezvous"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -177,9 +175,7 @@ class Runner:
 
             run_task(path, self._console, self._stop)
         else:
-            # Written last: the other machines take it as the word to begin.
-            write_text(task.work / RENDEZVOUS, rendezvous_id := uuid.uuid4().hex)
-            run_in_processes(task, path, rendezvous_id, self._stop, lock=lock)
+            run_in_processes(task, path, begin(task), self._stop, lock=lock)
 
     def _join(self, node: Node) -> None:
         """Lend this machine's processes to a stage that machine 0 makes, as often as it starts it."""
