@@ -53,13 +53,14 @@ def spread(lengths: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -> 
 
     Args:
         lengths: cost of each item.
-        work: indices of items, ascending -> one result for each; not called without items.
+        work: indices of items, ascending -> one result for each. Called without items too: sharded weights are
+            gathered by all processes together.
 
     Returns:
         The results of all items in the order of the items, on every process.
     """
     mine = sorted(deal(lengths))
-    results = work(mine) if mine else []
+    results = work(mine)
     if count() == 1:
         return list(results)
     parts: list[Any] = [None] * count()

@@ -83,6 +83,7 @@ class Architecture:
         kept_wide: numbers a token leaves in a block for the backward pass in float32 whatever the precision.
         kept: the same, in the precision of matrix products.
         read_again: numbers of a token that a second and third matrix read too.
+        source: where the weights come from; roles of one source share a base below their adapters.
     """
 
     model_type: str
@@ -102,6 +103,7 @@ class Architecture:
     kept_wide: int
     kept: int
     read_again: int
+    source: str = ""
 
     @property
     def embedding(self) -> int:

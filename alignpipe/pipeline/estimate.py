@@ -112,7 +112,8 @@ def _shape(ref: ModelRef, graph: Graph, config: Config) -> tuple[Architecture | 
     if ref.path == TINY:
         return tiny_architecture(config.model.architecture, Tokenizer.toy().vocab_size), ""
     found, note = read_architecture(Path(model_folder(ref.path, ref.revision)))
-    return found, f"{ref.name}: {note}" if note else ""
+    shape = None if found is None else replace(found, source=ref.path)
+    return shape, f"{ref.name}: {note}" if note else ""
 
 
 def estimate(

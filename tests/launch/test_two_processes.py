@@ -149,6 +149,14 @@ def test_sharded_policy_samples_the_same_responses(
     _same_lines(_folder(chain, "collect") / "rankings.jsonl", task.target / "rankings.jsonl")
 
 
+def test_sharded_policy_samples_fewer_prompts_than_processes(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    words = ["stages.sft.num_samples=1", "stages.sft.max_steps=1", "stages.sft.eval_rows=1"]
+    task = _run(group, _beside(chain, tmp_path), "sft", *FSDP2, *words)
+    assert len((task.target / "samples.jsonl").read_text().splitlines()) == 1
+
+
 def test_collect_on_two_processes_samples_the_same_responses(
     group: Group, chain: Project, tmp_path: Path
 ) -> None:
