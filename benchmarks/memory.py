@@ -105,7 +105,6 @@ CASES = (
     Case("57M", "rm", 32, 96, (*FIT, *_batch(4, 2), "launch.num_processes=2")),
     Case("57M", "sft", 32, 96, (*FIT, *ASK, *_batch(8, 4), *_cut("fsdp2"))),
     Case("57M", "rm", 32, 96, (*FIT, *_batch(8, 4), *_cut("zero2"))),
-    Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32), *_cut("fsdp2"))),
     Case("28M", "sft", 32, 96, (*FIT, *ASK, *_batch(8, 4), "adapter=lora")),
     Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32), "adapter=lora")),
 )
