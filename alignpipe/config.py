@@ -538,6 +538,11 @@ def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:
         yield (
             f"{at}machine_rank: {config.machine_rank} must be below num_machines {config.num_machines}; the first is 0"
         )
+    if config.optimizer_offload and config.strategy in SHARDED:
+        yield (
+            f"{at}optimizer_offload: {config.strategy} cuts the moments over the processes already; "
+            f"leave one of the two out"
+        )
     if config.device == "mps" and (processes or 1) > 1:
         yield f"{at}num_processes: mps is one device, got {processes}"
 

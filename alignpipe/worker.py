@@ -39,8 +39,8 @@ from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
 from alignpipe.training.optim import scaled
 from alignpipe.training.progress import StageProgress
 
-# What errors of a broken collective say, whichever library raised them.
-CONTACT = ("gloo", "nccl", "connection", "timed out", "timeout", "store")
+# Libraries whose errors mean that the others are out of reach.
+CONTACT = ("gloo", "nccl")
 
 
 def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
@@ -169,7 +169,8 @@ def main(path: Path) -> None:
             _leave_error(task, number, str(error), code)
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
-            lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in CONTACT)
+            broken = type(error) is RuntimeError and any(word in str(error).lower() for word in CONTACT)
+            lost = isinstance(error, dist.DistError) or broken
             code = ProcessLost.exit_code if lost else 1
             _leave_error(task, number, f"{type(error).__name__}: {first}", code, traceback.format_exc())
     sys.stderr.flush()

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -34,11 +28,10 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
 
     Args:
         model: whole, on the CPU, the same on every process.
-        launch: how long weights stay gathered, and whether weights and moments rest on the CPU between uses.
+        launch: how long weights stay gathered, and in which format they travel.
         device: where slices live and blocks work.
     """
     mesh = init_device_mesh(device.type, (processes.count(),))
-    offload = CPUOffloadPolicy() if launch.optimizer_offload and device.type != "cpu" else OffloadPolicy()
     # A scalar model is called through its body, so the body is what gathers; its head is a few numbers and stays whole.
     root = model.base_model if hasattr(model, "score") else model
     # ZeRO's second stage keeps a block's weights from its forward to its backward pass; the third gathers them twice.
@@ -47,8 +40,8 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
     half = HALF.get(launch.precision)
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=None if half is None else torch.float32)
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, offload_policy=offload, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(root, mesh=mesh, offload_policy=offload, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
     model.to(device)  # type: ignore[arg-type]
     root.__dict__["gathers_once"] = launch.generation_gather == "rollout" or not reshard
     root.__dict__["reshards"] = reshard

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from alignpipe.config import OptimizerConfig, SamplingConfig, StageConfig
+from alignpipe.config import SHARDED, OptimizerConfig, SamplingConfig, StageConfig
 from alignpipe.pipeline.memory import Memory, Setting
 
 MAX_PROCESSES = 4096
@@ -61,6 +61,9 @@ def smallest_change(
         changed, under = config, setting
         for change in changes:
             changed, under = change.apply(changed, under)
+        if under.launch.strategy in SHARDED and (under.adapted or under.launch.optimizer_offload):
+            # What a run refuses is no advice.
+            continue
         memory = needs(changed, under)
         if memory.total <= available:
             return Advice(tuple(change.word for change in changes), memory)

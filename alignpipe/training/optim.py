@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from alignpipe.config import AdapterConfig, OptimizerConfig, PPOConfig, StageConfig
@@ -71,8 +70,7 @@ def step_with_moments(optimizer: AdamW, *, offload: bool) -> None:
     """Update the weights; the moments stay on the CPU between steps where `offload` says so.
 
     Moments are needed in the step alone, where activations are gone, so the peak is the larger of the two rather
-    than their sum, at the price of moving eight bytes a weight there and back. Sharded moments are offloaded with
-    their weights.
+    than their sum, at the price of moving eight bytes a weight there and back.
     """
     if offload:
         _move_moments(optimizer, to_weights=True)
@@ -84,7 +82,7 @@ def step_with_moments(optimizer: AdamW, *, offload: bool) -> None:
 def _move_moments(optimizer: AdamW, *, to_weights: bool) -> None:
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
-            if moment.dim() and not isinstance(moment, DTensor):
+            if moment.dim():
                 moments[name] = moment.to(parameter.device if to_weights else "cpu")
 
 

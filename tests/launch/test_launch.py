@@ -15,6 +15,7 @@ import pytest
 
 from alignpipe.artifact import verify
 from alignpipe.config import LaunchConfig
+from alignpipe.errors import ConfigError
 from alignpipe.pipeline.launch import environment, num_processes
 from tests.project import SMALL, Project
 
@@ -182,6 +183,11 @@ def test_two_machines_make_one_run(tmp_path: Path, undisturbed: list[float]) -> 
 
 def _launch(*words: str) -> LaunchConfig:
     return Project(Path("unused")).compose(*words).config.launch
+
+
+def test_offload_of_moments_that_are_cut_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^launch\.optimizer_offload: fsdp2 cuts the moments"):
+        _launch("launch=fsdp2", "launch.num_processes=2", "launch.optimizer_offload=true")
 
 
 def test_environment_divides_the_cores_and_leaves_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:

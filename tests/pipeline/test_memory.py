@@ -220,6 +220,13 @@ def test_smallest_change_is_the_cheapest_that_fits(shape: Architecture) -> None:
     )
 
 
+def test_advice_names_nothing_that_a_run_refuses(shape: Architecture) -> None:
+    for available in (10e9, 20e9, 40e9, 80e9, 160e9):
+        found = _advice("sft", shape, available, num_processes=8, strategy="ddp") or ()
+        sharded = any("fsdp2" in word for word in found)
+        assert not (sharded and {"adapter=lora", "launch.optimizer_offload=true"} & set(found))
+
+
 def test_smallest_change_of_a_stage_that_only_samples_is_a_smaller_batch(shape: Architecture) -> None:
     assert _advice("collect", shape, 80e9, precision="bf16") == ("stage.generation_batch_size=32",)
 
