@@ -57,6 +57,8 @@ $(BASE): $(VENV)/.torch.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+# The last TRL with PPO lies apart, since the one beside it has the same name; tests compare with both.
 $(TOOLS): $(VENV)/.torch.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers/trl-1.9.0 trl==1.9.0
 	touch $@
