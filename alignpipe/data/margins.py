@@ -51,7 +51,9 @@ def _none(ranking: AnyRanking, config: RMConfig) -> list[float]:
 def _column(ranking: AnyRanking, config: RMConfig) -> list[float]:
     margin = ranking.margin
     if margin is None:
-        raise DataError("has no margin; give it a column margin, name yours with data.columns.margin, or margin=rank")
+        raise DataError(
+            "has no margin; give it a column margin, name yours with data.columns.margin, or margin=rank"
+        )
     if isinstance(margin, str):
         margin = DEGREE_MARGINS[config.margin_degrees][margin]
     best = min(ranking.ranks)
@@ -64,7 +66,9 @@ def _rank(ranking: AnyRanking, config: RMConfig) -> list[float]:
 
 def _gold(ranking: AnyRanking, config: RMConfig) -> list[float]:
     if ranking.gold is None:
-        raise DataError("has no gold scores, which only the embedded world has; set margin=rank or margin=column")
+        raise DataError(
+            "has no gold scores, which only the embedded world has; set margin=rank or margin=column"
+        )
     return list(ranking.gold)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from alignpipe.data.dialogue import (
     HH_MARK,
@@ -63,7 +63,7 @@ def _margin(values: Mapping[str, Any], name: str) -> float | Degree | None:
     if isinstance(value, str):
         word = value.strip().lower().removesuffix(" better")
         if word in DEGREES:
-            return cast(Degree, word)
+            return word
         # CSV has no numbers.
         with suppress(ValueError):
             value = float(word)

@@ -1,5 +1,7 @@
-"""Losses of a reward model: pairs of each prompt (Bradley-Terry; InstructGPT, arXiv:2203.02155, eq. 1), with the
-margin of Llama 2 (arXiv:2307.09288, eq. 2), and whole orders (Plackett-Luce).
+"""Losses of a reward model: pairs of each prompt, with a margin or without, and whole orders.
+
+Pairs: Bradley-Terry over K responses (InstructGPT, arXiv:2203.02155, eq. 1), margins (Llama 2, arXiv:2307.09288,
+eq. 2). Orders: Plackett-Luce.
 
 scores and ranks of K responses to each prompt -> one loss per prompt, pairs won, margins
 """
@@ -51,9 +53,7 @@ def kwise_losses(
     size = _size(groups, num_groups)
     winners, losers = ranked_pairs(ranks, groups)
     gaps = scores[winners] - scores[losers]
-    margins = (
-        torch.zeros_like(gaps) if worths is None else (worths[winners] - worths[losers]).clamp(min=0)
-    )
+    margins = torch.zeros_like(gaps) if worths is None else (worths[winners] - worths[losers]).clamp(min=0)
     losses, of_pair = pair_losses(gaps, margins, 1 - label_smoothing), groups[winners]
     if ties == "half":
         first, second = tied_pairs(ranks, groups)
@@ -107,9 +107,7 @@ def plackett_luce_losses(
     return scores.new_zeros(_size(groups, num_groups)).index_add(0, groups, chosen)
 
 
-def centering_losses(
-    scores: Tensor, ranks: Tensor, groups: Tensor, num_groups: int | None = None
-) -> Tensor:
+def centering_losses(scores: Tensor, ranks: Tensor, groups: Tensor, num_groups: int | None = None) -> Tensor:
     """(r_w + r_l)^2, mean over the untied pairs of each prompt: pulls scores towards 0 (arXiv:2312.09244, 2).
 
     Args:

@@ -50,10 +50,8 @@ def _inputs(
     node: Node, graph: Graph, config: Config, hashes: FileHashes, chat_template: str
 ) -> dict[str, object]:
     settings = semantic(node.config)
-    data = {
-        role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
-    }
-    settings.pop("demonstrations", None)
+    data = {role: _data_inputs(ref, node, graph, hashes) for role, ref in node.data.items()}
+    settings = {name: value for name, value in settings.items() if name not in ("data", "demonstrations")}
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -84,9 +82,8 @@ def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) 
     )
 
 
-def _data_inputs(
-    ref: DataRef, settings: dict[str, Any], node: Node, graph: Graph, hashes: FileHashes
-) -> dict[str, Any]:
+def _data_inputs(ref: DataRef, node: Node, graph: Graph, hashes: FileHashes) -> dict[str, Any]:
+    settings = semantic(ref.config)
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
         settings.pop("world")
