@@ -257,5 +257,4 @@ def _with_mean_head(model: PreTrainedModel) -> PreTrainedModel:
             )
         head.out_features = 1
         model.config.num_labels = 1
-        setattr(model, "num_labels", 1)
     return model

@@ -58,10 +58,10 @@ class Normalizer:
 
     @classmethod
     def fit(cls, scores: Tensor) -> "Normalizer":
-        """Measure them on raw scores (N, H), of demonstrations; equal scores are only shifted."""
-        means = scores.mean(1).double()
+        """Measure them on raw scores of demonstrations, (N,) or of heads (N, H); equal scores are only shifted."""
+        heads = scores.double().mean(0).tolist() if scores.dim() == 2 and scores.shape[1] > 1 else ()
+        means = (scores.mean(1) if scores.dim() == 2 else scores).double()
         std = float(means.std(unbiased=False))
-        heads = scores.double().mean(0).tolist() if scores.shape[1] > 1 else ()
         return cls(float(means.mean()), std if std > 0 else 1.0, tuple(heads))
 
     def as_metrics(self) -> dict[str, Any]:
