@@ -173,7 +173,7 @@ def rows(tokenizer: Tokenizer) -> list[RankedExample]:
             for n in torch.randint(1, 9, (size,), generator=generator)
         ]
         examples = tuple(
-            Example(prompt + [*answer, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(answer) + 1))
+            Example([*prompt, *answer, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(answer) + 1))
             for answer in answers
         )
         ranks = tuple(float(rank) for rank in torch.randint(1, size + 1, (size - 1,), generator=generator))
@@ -206,7 +206,7 @@ def test_batching_padding_and_order_change_no_loss_and_no_gradient(
     model = load_scalar_model(ModelSource(str(tmp_path / "lm")), tokenizer, seed=0, num_heads=2)
 
     def losses(batches: list[list[RankedExample]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses a prompt, and the gradient of their sum, one forward a batch."""
+        """Losses a prompt, and the gradient of their mean over all, one forward a batch."""
         model.zero_grad()
         found = []
         for batch in batches:
@@ -215,7 +215,7 @@ def test_batching_padding_and_order_change_no_loss_and_no_gradient(
             ranks = torch.tensor([rank for row in batch for rank in row.ranks])
             groups = torch.tensor([place for place, row in enumerate(batch) for _ in row.ranks])
             found.append(ranking_losses(config, scores, batch, ranks, groups).mean(1))
-            found[-1].sum().backward()
+            (found[-1].sum() / len(rows)).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return torch.cat(found).detach(), gradient
 
