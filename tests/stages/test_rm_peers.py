@@ -93,7 +93,7 @@ def _theirs(folder: Path, rows: list[RankedExample], out: Path, config: RMConfig
     class Recorder(trl.RewardTrainer):  # type: ignore[misc, name-defined]
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()))
             return loss
 
     trainer = Recorder(
