@@ -76,8 +76,7 @@ def largest_gap(
     """
     table, groups = _table(wordings, values)
     pairs = list(combinations(range(len(groups)), 2))
-    one = np.ones((1, len(table)))
-    differences = _pair_means(table[None], pairs, one)[0]
+    differences = _pair_means(table[None], pairs)[0]
     widest = int(np.nanargmax(np.abs(differences)))
     high, low = pairs[widest] if differences[widest] >= 0 else pairs[widest][::-1]
     gap = float(abs(differences[widest]))
@@ -104,15 +103,13 @@ def _table(wordings: Sequence[Wording], values: NDArray[np.float64]) -> tuple[ND
     return table, list(groups)
 
 
-def _pair_means(
-    tables: NDArray[np.float64], pairs: Sequence[tuple[int, int]], weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _pair_means(tables: NDArray[np.float64], pairs: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
     """(R, P) mean differences of (R, T, G) tables over the templates that have both, NaN where none has."""
     first, second = np.array(pairs).T
     gaps = tables[:, :, first] - tables[:, :, second]
     shared = ~np.isnan(gaps)
-    counts = (shared * weights[:, :, None]).sum(axis=1)
-    totals = (np.where(shared, gaps, 0.0) * weights[:, :, None]).sum(axis=1)
+    counts = shared.sum(axis=1)
+    totals = np.where(shared, gaps, 0.0).sum(axis=1)
     return np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
 
 
@@ -137,6 +134,5 @@ def _permuted_gaps(
         dealt = np.take_along_axis(np.broadcast_to(table, keys.shape), np.argsort(keys, axis=2), axis=2)
         tables = np.empty_like(keys)
         np.put_along_axis(tables, np.broadcast_to(places, keys.shape), dealt, axis=2)
-        means = _pair_means(tables, pairs, np.ones((count, len(table))))
-        found.append(np.nanmax(np.abs(means), axis=1))
+        found.append(np.nanmax(np.abs(_pair_means(tables, pairs)), axis=1))
     return np.concatenate(found)

@@ -27,7 +27,7 @@ def preferences(scores: NDArray[np.float64], against: NDArray[np.float64]) -> ND
         (N, K * L): every response against every one of the other policy's to the same prompt.
     """
     gaps = differences(scores, against)
-    return (gaps > 0) + 0.5 * (gaps == 0)
+    return np.where(gaps == 0, 0.5, gaps > 0)
 
 
 def differences(values: NDArray[np.float64], against: NDArray[np.float64]) -> NDArray[np.float64]:
