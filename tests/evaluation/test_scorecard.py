@@ -120,7 +120,7 @@ def test_wins_and_text_have_a_table_of_their_own_within_100_columns() -> None:
     }
     text = _printed(scorecard)
     assert _rows(text, 1)["ppo"][7] == "0.625"
-    assert "...s/of/a/long/name" in text
+    assert "...ts/of/a/long/name" in text
     assert "wins are over sft; LC is what they would be at equal length" in text
     tables = text.split("gold sft -> ppo")[0].splitlines()
     assert max(map(len, tables)) <= 100
