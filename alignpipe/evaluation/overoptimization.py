@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# What multiplies -b, by the way the policy was optimized: reinforcement learning or best-of-n (eq. 1 and 2).
+# What multiplies -b, by the way the policy was optimized: reinforcement learning or best-of-n.
 BENDS = {"rl": lambda d: d * np.log(d), "best_of_n": lambda d: d * d}
 
 

@@ -1,4 +1,4 @@
-"""Prejudice by counterfactual: the same question about each group, one word swapped (arXiv:1709.10159, 1911.03064).
+"""Prejudice by counterfactual: the same question about each group, one word swapped (arXiv:1809.10610, 1911.03064).
 
 templates -> measures of one answer a group -> largest gap between two groups, and whether chance would do it too
 """

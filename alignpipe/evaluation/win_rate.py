@@ -47,7 +47,7 @@ def length_controlled_win_rate(
 
     P(win) = sigmoid(theta + phi * tanh(d / std(d))), with d the difference in length; reported is sigmoid(theta).
 
-    What differs from the published regression (arXiv:2404.04475, eq. 2): it has a third term, how hard the
+    What differs from the published regression (arXiv:2404.04475): it has a third term, how hard the
     instruction is for the model, that only results of many models can tell, and averages over it; here there are two
     policies and no such term. It counts characters and takes judges that answer by a probability; here are tokens,
     and a comparison of scores. Its penalty is chosen by cross-validation and scaled by how far the model can cut its
