@@ -114,3 +114,12 @@ def test_order_of_prompts_changes_no_rate() -> None:
     assert length_controlled_win_rate(won[order], longer[order]).value == pytest.approx(
         length_controlled_win_rate(won, longer).value, abs=1e-12
     )
+
+
+def test_length_counts_in_deviations_and_levels_off() -> None:
+    random = np.random.default_rng(4)
+    longer = random.normal(3.0, 9.0, (80, 1)).round()
+    won = random.choice([0.0, 0.5, 1.0], (80, 1))
+    covariate = np.tanh(longer / longer.std()).ravel()
+    theta = fit_logistic(won.ravel(), covariate, np.ones((1, 80)), 1.0)[0, 0]
+    assert length_controlled_win_rate(won, longer).value == pytest.approx(_sigmoid(theta), abs=1e-9)
