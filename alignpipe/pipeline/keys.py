@@ -21,7 +21,7 @@ from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
-VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 1}
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 2}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
 # More differences than this explain nothing.
@@ -50,8 +50,13 @@ def _inputs(
     node: Node, graph: Graph, config: Config, hashes: FileHashes, chat_template: str
 ) -> dict[str, object]:
     settings = semantic(node.config)
-    data = {role: _data_inputs(ref, node, graph, hashes) for role, ref in node.data.items()}
-    settings = {name: value for name, value in settings.items() if name not in ("data", "demonstrations")}
+    data = {
+        # A file of templates has no settings of its own.
+        role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
+        for role, ref in node.data.items()
+    }
+    for role in ("demonstrations", "text_data"):
+        settings.pop(role, None)
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -82,14 +87,15 @@ def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) 
     )
 
 
-def _data_inputs(ref: DataRef, node: Node, graph: Graph, hashes: FileHashes) -> dict[str, Any]:
-    settings = semantic(ref.config)
+def _data_inputs(
+    ref: DataRef, settings: dict[str, Any], node: Node, graph: Graph, hashes: FileHashes
+) -> dict[str, Any]:
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
-        settings.pop("world")
+        settings.pop("world", None)
     toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
     if not toy_ranker:
-        settings.pop("labelers")
+        settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 
 
