@@ -18,7 +18,16 @@ def paired_interval(
 
     Prompts are drawn with replacement, each with its own difference, so what the two share cancels.
     """
-    differences = after - before
-    draws = np.random.default_rng(seed).integers(0, len(differences), (NUM_RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    low, high = np.percentile(_resampled_means(after - before, seed), [2.5, 97.5])
     return float(low), float(high)
+
+
+def lower_bound(values: NDArray[np.float64], confidence: float, seed: int = 0) -> float:
+    """What the mean of `values` (N,) is above with this confidence: the one-sided percentile bound."""
+    return float(np.quantile(_resampled_means(values, seed), 1 - confidence))
+
+
+def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    draws = np.random.default_rng(seed).integers(0, len(values), (NUM_RESAMPLES, len(values)))
+    means: NDArray[np.float64] = values[draws].mean(axis=1)
+    return means
