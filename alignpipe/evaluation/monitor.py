@@ -270,9 +270,7 @@ class _Eyes:
         return [float(score) for score in scores]
 
 
-def _judge(
-    config: RSConfig | PPOConfig | DPOConfig, context: Context, tokenizer: Tokenizer
-) -> Judge | None:
+def _judge(config: RSConfig | PPOConfig | DPOConfig, context: Context, tokenizer: Tokenizer) -> Judge | None:
     if config.monitor.judge not in JUDGES:
         context.check_same_tokens("judge", tokenizer)
         model = load_reward_model(context, tokenizer, config.micro_batch_size, "judge")

@@ -241,7 +241,11 @@ class _Resolver:
         elif is_hub_id(label):
             ref = ModelRef(label, label, resolve_revision(label, None))
         else:
-            known = [*(JUDGES if role == JUDGE else (BASE,)), *self.stages, *(f"{LATEST}/{name}" for name in newest_stages(self.store))]
+            known = [
+                *(JUDGES if role == JUDGE else (BASE,)),
+                *self.stages,
+                *(f"{LATEST}/{name}" for name in newest_stages(self.store)),
+            ]
             raise ConfigError(
                 f"{key}: {label!r} is no stage, run, folder or hub id. {did_you_mean(label, known)}"
             )
@@ -276,9 +280,7 @@ class _Resolver:
         wanted = ("rm",) if role in SCALAR_ROLES else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
             raised = ConfigError if ref.stage is not None else CheckpointError
-            need = (
-                "a reward model (rm)" if role in SCALAR_ROLES else f"a policy ({', '.join(POLICY_KINDS)})"
-            )
+            need = "a reward model (rm)" if role in SCALAR_ROLES else f"a policy ({', '.join(POLICY_KINDS)})"
             raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
         if ref.kind is None and ref.stage is None and ref.path != TINY:
             scalar = is_scalar(model_folder(ref.path, ref.revision))
@@ -375,8 +377,9 @@ class _Resolver:
         # A collect stage samples responses to prompts of the embedded world.
         toy = source is None or source.kind in (TOY, "collect")
         if config.judge not in JUDGES:
-            node.models[JUDGE] = self._model(node.name, JUDGE, config.judge)
-            if node.models[JUDGE] == node.models.get("reward_model"):
+            judge = node.models[JUDGE] = self._model(node.name, JUDGE, config.judge)
+            trained_on = node.models.get("reward_model")
+            if trained_on is not None and (judge.stage, judge.path) == (trained_on.stage, trained_on.path):
                 raise ConfigError(
                     f"{key}: {config.judge} is what {node.name} is trained on, and rises with it; "
                     f"name a reward model that learnt from other labels"

@@ -123,28 +123,29 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         )
         scores = _scores(config, models.reward, examples, finished)
         experience, figures = _experience(config, context, models, tokenizer, examples, scores, kl_coef)
-        figures |= _update(config, context, models, experience, rollout)
-        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": kl_coef}
+        figures |= _update(config, context, models, experience, rollout) | {
+            "objective/finished": sum(finished) / len(finished),
+            "objective/kl_coef": kl_coef,
+        }
         asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
         answers = [tokenizer.decode(_response(example)) for example in examples]
-        if judged:
-            figures["objective/gold"] = float(gold_scores(asked, answers)["overall"].mean())
+        figures |= {"objective/gold": float(gold_scores(asked, answers)["overall"].mean())} if judged else {}
         step, done = (rollout + 1) * updates, rollout + 1
         if config.kl_controller == "adaptive":
             kl_coef = adapt_kl_coef(
                 kl_coef, figures["objective/kl"], config.target_kl, len(examples), config.kl_horizon
             )
         if done % config.log_steps == 0 or done == config.num_rollouts:
-            tokens = sum(len(example.ids) for example in examples)
-            figures = context.metrics.log(step, figures, tokens=tokens)
+            figures = context.metrics.log(step, figures, tokens=sum(len(example.ids) for example in examples))
             context.metrics.samples(step, _rows(asked, answers, scores)[:NUM_LOGGED])
         context.progress.update(done, figures)
         if monitor.ends(done, step):
             break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            values = {"rollout": done, "kl_coef": kl_coef, **monitor.values()}
-            context.save(step, modules, optimizers, values)
+            context.save(
+                step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef, **monitor.values()}
+            )
         if stopping:
             context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")
