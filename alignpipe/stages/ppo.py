@@ -143,9 +143,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            context.save(
-                step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef, **monitor.values()}
-            )
+            context.save(step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef, **monitor.values()})
         if stopping:
             context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")

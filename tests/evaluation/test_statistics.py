@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignpipe.evaluation.statistics import mean_interval, paired_interval
+from alignpipe.evaluation.statistics import lower_bound, mean_interval, paired_interval
 
 
 def test_constant_values_have_an_interval_without_width() -> None:
@@ -52,3 +52,10 @@ def test_same_seed_gives_the_same_interval() -> None:
 
 def test_single_prompt_has_an_interval_of_its_value() -> None:
     assert mean_interval(np.array([0.7])) == (0.7, 0.7)
+
+
+def test_lower_bound_is_the_normal_ones_of_a_large_sample() -> None:
+    values = np.random.default_rng(5).normal(0.3, 1.0, 2000)
+    error = values.std() / np.sqrt(len(values))
+    assert lower_bound(values, 0.95) == pytest.approx(values.mean() - 1.645 * error, abs=0.15 * error)
+    assert lower_bound(values, 0.5) == pytest.approx(values.mean(), abs=0.15 * error)
