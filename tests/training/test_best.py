@@ -43,7 +43,7 @@ def config() -> DPOConfig:
     words += [
         "stage.micro_batch_size=4",
         "stage.learning_rate=0.01",
-        "stage.save_steps=1",
+        "stage.save_steps=100",
         "stage.log_steps=1",
     ]
     config = compose(words).config.stage
