@@ -5,15 +5,13 @@ Over-optimisation (Gao et al. 2022, arXiv:2210.10760), length drift, entropy col
 looks at the policy -> alarms by name, each with its figures in words
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from alignpipe.config import MonitorConfig
 from alignpipe.evaluation.statistics import lower_bound
-
-NGRAM = 4
 
 
 @dataclass(frozen=True)
@@ -103,18 +101,6 @@ def raised(look: Look, history: History, config: MonitorConfig) -> dict[str, str
     """
     found = {name: alarm(look, history, config) for name, alarm in ALARMS.items()}
     return {name: words for name, words in found.items() if words is not None}
-
-
-def repetition(responses: Sequence[Sequence[int]]) -> float:
-    """Share of 4-grams that stood in their response before (seq-rep-4, arXiv:1908.04319, section 3.1).
-
-    1 - (different 4-grams) / (4-grams), 0 for a response too short to have any; mean over the responses.
-    """
-    rates = []
-    for ids in responses:
-        grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
-        rates.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return float(np.mean(rates))
 
 
 def _overoptimization(look: Look, history: History, config: MonitorConfig) -> str | None:

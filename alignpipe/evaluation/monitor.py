@@ -22,9 +22,10 @@ from alignpipe.data.encoding import Example, encode_prompts
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
-from alignpipe.evaluation.alarms import History, Look, raised, repetition
+from alignpipe.evaluation.alarms import History, Look, raised
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.rewards import load_reward_model
+from alignpipe.evaluation.text_measures import sequence_repetition
 from alignpipe.rollout.generate import Sample, generate
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.best import BestWeights
@@ -240,7 +241,7 @@ class _Eyes:
             kl=float(log_ratios.mean()),
             entropy=float(-own.sum() / lengths.sum()),
             length=float(lengths.mean()),
-            repetition=repetition([sample.ids for sample in flat]),
+            repetition=float(np.mean([sequence_repetition(sample.ids) for sample in flat])),
         )
 
     def _sample(self, places: list[int]) -> list[list[Sample]]:

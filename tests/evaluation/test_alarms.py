@@ -7,7 +7,7 @@ import pytest
 
 from alignpipe.compose.composition import compose
 from alignpipe.config import MonitorConfig
-from alignpipe.evaluation.alarms import History, Look, raised, repetition
+from alignpipe.evaluation.alarms import History, Look, raised
 
 CALM = Look(at=0, scores=[], proxy=0.0, kl=0.0, entropy=0.5, length=20.0, repetition=0.1)
 
@@ -126,11 +126,3 @@ def test_alarm_says_its_figures(config: MonitorConfig) -> None:
         "held-out score 0.300, down 0.200 (at least 0.200) from its best at 0, while the proxy went from "
         "0.000 to 2.000"
     )
-
-
-def test_repetition_counts_four_grams_that_came_before() -> None:
-    # 1234 2341 3412 4123 1234: one of five came before.
-    assert repetition([[1, 2, 3, 4, 1, 2, 3, 4]]) == pytest.approx(0.2)
-    assert repetition([[7] * 13]) == pytest.approx(0.9)
-    assert repetition([[1, 2, 3]]) == 0
-    assert repetition([[7] * 13, [1, 2, 3, 4, 5]]) == pytest.approx(0.45)

@@ -143,12 +143,16 @@ def test_adapters_on_two_processes_do_what_they_do_on_one(
         assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
 
 
-# At the first look the policy is far from where it began, and worse.
+# Alarmed by whatever happens at the first look.
 WATCHED = [
-    "monitor=restore",
-    "monitor.num_prompts=12",
-    "monitor.max_kl=0.001",
-    "stages.ppo.learning_rate=0.05",
+    f"stages.ppo.monitor.{word}"
+    for word in (
+        "action=restore",
+        "num_prompts=12",
+        "max_kl=1e-6",
+        "min_entropy_ratio=1",
+        "max_length_ratio=1.0001",
+    )
 ]
 
 
@@ -166,11 +170,10 @@ def test_monitor_on_two_processes_restores_what_it_does_on_one(
     assert one is not None and two is not None
     assert one.metrics["monitor"] == two.metrics["monitor"]
     assert one.metrics["monitor"]["stopped_at"] == 1
+    assert (one.versions["processes"], two.versions["processes"]) == ("1", "2")
     weights = next(path.name for path in alone.target.glob("*model.safetensors"))
     mine, theirs = load_file(alone.target / weights), load_file(task.target / weights)
-    # Those of the best look, the start: not even rounding is between them.
-    assert one.metrics["monitor"]["best_at"] == 0
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 
 
 @pytest.mark.parametrize("gather", ["layer", "rollout"])
@@ -206,6 +209,12 @@ def test_eval_on_two_processes_gives_the_same_scores(group: Group, chain: Projec
         assert mine["length"] == theirs["length"]
         assert mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+        for figure in ("distinct_2", "refusal", "seq_rep_4", "win_rate", "length_controlled_win_rate"):
+            assert mine[figure] == theirs[figure], figure
+        assert mine["prejudice"]["details"]["gold"] == theirs["prejudice"]["details"]["gold"]
+    gaps = [scores["reward_model"]["prejudice"]["reward_gap"] for scores in (one, two)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-5)
 
 
 def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_path: Path) -> None:
