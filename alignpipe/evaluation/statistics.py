@@ -75,3 +75,8 @@ def wilson_interval(count: float, total: int) -> tuple[float, float]:
     middle = rate + spread / 2
     half = sqrt(rate * (1 - rate) * spread + spread**2 / 4)
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def lower_bound(values: NDArray[np.float64], confidence: float, seed: int = 0) -> float:
+    """What the mean of `values` (N,) is above with this confidence: the one-sided percentile bound."""
+    return float(np.quantile(values[resamples(len(values), seed)].mean(axis=1), 1 - confidence))

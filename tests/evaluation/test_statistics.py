@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from alignpipe.evaluation.statistics import (
+    lower_bound,
     mean_figure,
     mean_interval,
     paired_interval,
@@ -73,6 +74,13 @@ def test_wilson_interval_of_none_and_of_all_has_a_width() -> None:
     assert low == 0
     assert high == pytest.approx(0.2775, abs=1e-4)
     assert wilson_interval(10, 10) == (pytest.approx(1 - high), pytest.approx(1.0))
+
+
+def test_lower_bound_is_the_normal_ones_of_a_large_sample() -> None:
+    values = np.random.default_rng(5).normal(0.3, 1.0, 2000)
+    error = values.std() / np.sqrt(len(values))
+    assert lower_bound(values, 0.95) == pytest.approx(values.mean() - 1.645 * error, abs=0.15 * error)
+    assert lower_bound(values, 0.5) == pytest.approx(values.mean(), abs=0.15 * error)
 
 
 def test_figure_is_the_mean_and_its_interval() -> None:
