@@ -142,6 +142,9 @@ class DataConfig:
     max_rows: int | None = number(minimum=1)
     max_bad: float = number(minimum=0, maximum=1)
     on_overflow: str = choice("drop", "cut", "error")
+    # Path -> weight; in the key by what the paths hold.
+    mixture: dict[str, float] = plain(in_key=False)
+    mixture_stopping: str = choice("first_exhausted", "all_exhausted")
     shares: SharesConfig = field(default_factory=SharesConfig)
     labelers: LabelersConfig = field(default_factory=LabelersConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -501,6 +504,10 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         total = config.sft + config.preference + config.rl + config.eval
         if not math.isclose(total, 1.0, abs_tol=1e-6):
             yield f"{path}: the four fractions must add up to 1, they make {total:g}"
+    if isinstance(config, DataConfig):
+        for name, weight in config.mixture.items():
+            if not (math.isfinite(weight) and weight > 0):
+                yield f"{at}mixture.{name}: the weight must be a number above 0, got {weight}; leave it out instead"
     if isinstance(config, GuidelineConfig) and config.helpful + config.truthful + config.harmless <= 0:
         yield f"{path}: at least one weight must be above 0"
     if isinstance(config, OptimizerConfig) and config.batch_size % min(

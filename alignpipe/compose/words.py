@@ -21,7 +21,10 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "data": ("file", DataError),
 }
 _STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
-_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|reference|reward_model|chat_template|output_dir)")
+_TABLE = re.compile(r"(.*\.)?mixture")
+_TAKES_PATH = re.compile(
+    r"(.*\.)?(path|policy|reference|reward_model|selection_model|chat_template|output_dir)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 
@@ -46,6 +49,9 @@ def rewrite(words: Iterable[str], options: Callable[[str], list[str]], *, multir
             rewritten += _group_words(key, value, options(key), multirun)
         elif equals and _STAGE_DATA.fullmatch(key):
             rewritten.append(_stage_data_word(key, value, multirun))
+        elif equals and _TABLE.fullmatch(key) and value.startswith("{"):
+            # Its keys are the user's, and Hydra takes keys that it does not know only after a +.
+            rewritten.append(f"+{word}")
         elif equals and _TAKES_PATH.fullmatch(key.lstrip("+")) and parse(word) is None:
             rewritten.append(f"{key}={quote(value)}")
         else:

@@ -19,9 +19,9 @@ from alignpipe.data.encoding import (
     encode_rankings,
     encode_texts,
 )
+from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
-from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, read_records, readable_types
+from alignpipe.data.sources import MIXTURE, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 from alignpipe.pipeline.graph import WANTED, Graph, Node
@@ -63,20 +63,25 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
     if ref.source is None:
         return _of_collect(node, graph, config, chat_template)
     want = _wanted(node, ref.source)
-    found = read_records(ref.source, want)
-    records = in_share(found.records, ref.share, ref.config.shares, _salt(ref))
+    found = read_parts(ref.source, want)
+    portion = read_portion(ref.source, found, ref.share)
+    records, counts = portion.records, portion.rows_by_source()
     rows = Rows()
-    if found.rejected:
-        first = found.rejected[0]
-        rows.warnings.append(
-            f"{node.name}: {len(found.rejected)} of {found.num_rows} rows cannot be used "
-            f"(first {first.file}:{first.line}: {first.reason})"
-        )
-    if not records:
-        raise DataError(
-            f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
-            f"({ref.share}); give more rows or change data.shares"
-        )
+    for name, one in zip(source_names(ref.source), found, strict=True):
+        if one.rejected:
+            first = one.rejected[0]
+            rows.warnings.append(
+                f"{node.name}: {len(one.rejected)} of {one.num_rows} rows cannot be used "
+                f"(first {first.file}:{first.line}: {first.reason})"
+            )
+        if name not in counts:
+            raise DataError(
+                f"{node.name}: none of the {len(one.records)} rows of {name} falls into its share "
+                f"({ref.share}); give more rows or change data.shares"
+            )
+    if ref.source.kind == MIXTURE:
+        parts = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        rows.warnings.append(f"{node.name}: an epoch mixes {parts}")
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
     examples, left, limit = _encoded(node, sample, tokenizer)
@@ -104,10 +109,6 @@ def _wanted(node: Node, source: DataSource) -> RecordType:
         return "text"
     types = readable_types(source)
     return next(want for want in WANTED[node.kind] if want in types)
-
-
-def _salt(ref: DataRef) -> str:
-    return "collect" if ref.source is not None and ref.source.kind == "collect" else ""
 
 
 def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[Sequence[Any], int, str]:
