@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
+from alignpipe.config import (
+    TINY,
+    CollectConfig,
+    Config,
+    DPOConfig,
+    EvalConfig,
+    RSConfig,
+    SelectionConfig,
+    SFTConfig,
+)
 from alignpipe.data.encoding import (
     Encoded,
     Example,
@@ -21,9 +30,10 @@ from alignpipe.data.encoding import (
 )
 from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
+from alignpipe.data.selection import refusals
 from alignpipe.data.sources import MIXTURE, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import DataError
+from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import WANTED, Graph, Node
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.references import DataRef
@@ -94,7 +104,37 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"see data.on_overflow and {limit.split('=')[0]}"
         )
     rows.used = _capped(node, round(_units(want, records, node) * (left / total if total else 1.0)))
+    if isinstance(node.config, SFTConfig) and node.config.selection.is_on:
+        rows.used = _selected(node, node.config.selection, want, records, tokenizer, rows.used)
     return rows
+
+
+def _selected(
+    node: Node,
+    selection: SelectionConfig,
+    want: RecordType,
+    records: Sequence[Any],
+    tokenizer: Tokenizer,
+    used: int,
+) -> int:
+    """Rows that selection leaves, but for those that only a model can refuse.
+
+    Raises:
+        ConfigError: raw text is not selected from.
+        DataError: no row is within the bounds.
+    """
+    if want != "demonstrations":
+        raise ConfigError(f"{node.name}: selection takes demonstrations, its data is raw text; leave it out")
+    lengths = [0] * len(records)
+    if selection.min_tokens is not None or selection.max_tokens is not None:
+        lengths = [len(tokenizer.encode_response(record.prompt, record.response)) for record in records]
+    fit = sum(refusal is None for refusal in refusals(records, lengths, selection))
+    if fit == 0:
+        raise DataError(
+            f"{node.name}: none of {len(records)} rows is within the bounds of selection; loosen them"
+        )
+    kept = max(1, round(selection.keep * used)) if selection.ranks else used
+    return min(kept, max(1, round(used * fit / len(records))))
 
 
 def base_tokenizer(config: Config, chat_template: str) -> Tokenizer:

@@ -31,7 +31,7 @@ from alignpipe.pipeline.store import Store, run_stages
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
-    "sft": ("policy",),
+    "sft": ("policy", "reward_model", "selection_model"),
     "collect": ("policy",),
     "rm": ("policy",),
     "rs": ("policy", "reward_model"),

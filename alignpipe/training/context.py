@@ -56,6 +56,7 @@ class Context:
         progress: what the user sees.
         stop: whether a signal came.
         loss_scale: of float16 gradients.
+        step: optimizer updates done; what training draws, it draws for a step.
     """
 
     task: Task
@@ -64,6 +65,7 @@ class Context:
     progress: StageProgress
     stop: StopSignal
     loss_scale: LossScale = field(default_factory=LossScale)
+    step: int = 0
     # A stage reads its file once, though it takes what it trains on and what it holds out from it.
     _read: dict[tuple[str, type[Record]], list[RecordSet]] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from alignpipe.config import OptimizerConfig, TrainingConfig, num_steps
 from alignpipe.data.order import batches
 from alignpipe.errors import NumericalError
 from alignpipe.models.sharding import in_step, is_sharded
+from alignpipe.training.best_epoch import BestEpoch
 from alignpipe.training.context import Context
 from alignpipe.training.gradients import clip_gradients, sum_gradients
 from alignpipe.training.metrics import Averages
@@ -66,6 +67,7 @@ def fit(
     config: TrainingConfig,
     context: Context,
     evaluate: Callable[[], dict[str, float]],
+    best: BestEpoch | None = None,
 ) -> dict[str, float]:
     """Train a model on rows.
 
@@ -76,9 +78,10 @@ def fit(
         config: steps, batch, optimizer.
         context: device, states, figures.
         evaluate: figures on held-out rows, logged under `eval/`.
+        best: looks at the model after each epoch; the weights it holds best are those the model ends with.
 
     Returns:
-        The last held-out figures.
+        The held-out figures of the weights that the model ends with.
 
     Raises:
         NumericalError: a loss or gradient is not finite; the weights are those of the last good step.
@@ -86,30 +89,40 @@ def fit(
     """
     optimizer = make_optimizer(model, config)
     total = num_steps(config, len(rows))
-    first = int(context.resume({"model": model}, {"model": optimizer})["step"])
+    values = context.resume({"model": model}, {"model": optimizer})
+    first = int(values["step"])
+    if best is not None:
+        best.resume(values.get("epochs", []), first)
     order = batches(config.seed, len(rows), config.batch_size, start=first * config.batch_size)
     averages, tokens = Averages(), 0
     context.progress.begin("training", total, first)
     model.train()
     for step in range(first, total):
         batch = [rows[index] for index in next(order)]
+        context.step = step
         set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
         for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():
             averages.add(name, value, count)
         tokens += sum(row.num_tokens for row in batch)
-        done = step + 1
+        context.step = done = step + 1
         if done % config.log_steps == 0 or done == total:
             rate = optimizer.param_groups[0]["lr"]
             figures = context.metrics.log(done, {**averages.means(), "learning_rate": rate}, tokens=tokens)
             averages, tokens = Averages(), 0
             context.progress.update(done, figures)
-        if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
+        epoch_ends = best is not None and best.ends_at(done, len(rows), config.batch_size, total)
+        if best is not None and epoch_ends:
+            best.note(model, done, _log_held_out(model, best.measure, context, done))
+        elif config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
             _log_held_out(model, evaluate, context, done)
         stopping = context.stopping()
-        if stopping or done % config.save_steps == 0:
-            context.save(done, {"model": model}, {"model": optimizer}, {})
+        if stopping or epoch_ends or done % config.save_steps == 0:
+            known = {} if best is None else {"epochs": best.epochs}
+            context.save(done, {"model": model}, {"model": optimizer}, known)
         if stopping:
             context.stop.end()
+    if best is not None:
+        best.restore(model)
     return _log_held_out(model, evaluate, context, total)
 
 
