@@ -142,7 +142,12 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         if stopping:
             context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")
-    return {"reward": figures.get("objective/score"), "kl": figures.get("objective/kl"), "kl_coef": kl_coef}
+    return {
+        **encoded.figures,
+        "reward": figures.get("objective/score"),
+        "kl": figures.get("objective/kl"),
+        "kl_coef": kl_coef,
+    }
 
 
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import RMConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import RankedExample, encode_demonstrations, encode_rankings
+from alignpipe.data.encoding import Encoded, RankedExample, encode_demonstrations, encode_rankings
 from alignpipe.data.records import Demonstration, Ranking
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
@@ -30,11 +30,12 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
     """Train a scalar head and its backbone, starting from `policy`, to agree with the rankings."""
     tokenizer = context.tokenizer("policy")
     model = context.load_scalar_model("policy", tokenizer, seed=config.seed)
-    rows = _encode(config, tokenizer, context)
+    encoded = _encode(config, tokenizer, context)
+    rows = encoded.examples
     held_out: list[RankedExample] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
-        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
+        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows).examples
 
     def loss_fn(micro: Sequence[RankedExample]) -> StepOutput:
         batch = collate([example for row in micro for example in row.examples], tokenizer.pad_id).to(
@@ -59,6 +60,7 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
     report = pair_report(held_out, _scores_by_prompt(model, tokenizer, held_out, config, context))
     return {
         "rows": len(rows),
+        **encoded.figures,
         "eval_loss": after.get("loss"),
         **normalizer.as_metrics(),
         **report,
@@ -71,10 +73,10 @@ def _encode(
     context: Context,
     share: str | None = None,
     limit: int | None = None,
-) -> list[RankedExample]:
+) -> Encoded[RankedExample]:
     """Rankings of a share, at most `limit` of them."""
     records = context.records("data", config.data, Ranking, share)[:limit]
-    return encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
+    return encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow)
 
 
 def _scores_by_prompt(
