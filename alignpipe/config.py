@@ -35,6 +35,22 @@ FORMATS = (
     "text",
 )
 SHARES = ("sft", "preference", "rl", "eval")
+# As the first word of a letter's name in Unicode.
+SCRIPTS = (
+    "latin",
+    "greek",
+    "cyrillic",
+    "arabic",
+    "hebrew",
+    "devanagari",
+    "bengali",
+    "tamil",
+    "thai",
+    "hangul",
+    "hiragana",
+    "katakana",
+    "cjk",
+)
 # Their figures stand in pipeline/accelerators.py.
 ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
@@ -145,6 +161,9 @@ class DataConfig:
     max_rows: int | None = number(minimum=1)
     max_bad: float = number(minimum=0, maximum=1)
     on_overflow: str = choice("drop", "cut", "error")
+    # Path -> weight; in the key by what the paths hold.
+    mixture: dict[str, float] = plain(in_key=False)
+    mixture_stopping: str = choice("first_exhausted", "all_exhausted")
     shares: SharesConfig = field(default_factory=SharesConfig)
     labelers: LabelersConfig = field(default_factory=LabelersConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -343,12 +362,45 @@ class TrainingConfig(OptimizerConfig):
 
 
 @dataclass
+class SelectionConfig:
+    """Which demonstrations are worth training on."""
+
+    drop_duplicates: bool = plain()
+    # Jaccard similarity from which a row is a near duplicate.
+    near_duplicates: float | None = number(above=0, maximum=1)
+    min_tokens: int | None = number(minimum=1)
+    max_tokens: int | None = number(minimum=1)
+    scripts: list[str] = plain()
+    min_script_share: float = number(minimum=0, maximum=1)
+    method: str = choice("none", "random", "perplexity", "ifd", "reward")
+    diversity: str = choice("none", "kcenter")
+    keep: float = number(above=0, maximum=1)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether rows are held against each other, rather than each against bounds."""
+        return self.method != "none" or self.diversity != "none"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any row could be left out."""
+        bounds = (self.near_duplicates, self.min_tokens, self.max_tokens)
+        refuses = self.drop_duplicates or bool(self.scripts) or any(bound is not None for bound in bounds)
+        return refuses or self.ranks
+
+
+@dataclass
 class SFTConfig(TrainingConfig, SamplingConfig):
     """Supervised fine-tuning."""
 
     policy: str = plain(in_key=False)
-    loss_on: str = choice("response", "all")
+    reward_model: str | None = plain(in_key=False)
+    selection_model: str | None = plain(in_key=False)
+    loss_on: str = choice("response", "last", "all")
+    neftune_alpha: float = number(minimum=0)
+    select_epoch: str = choice("last", "loss", "reward")
     num_samples: int = number(minimum=0)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 @dataclass
@@ -578,6 +630,7 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         )
     if isinstance(config, MonitorConfig) and config.action == "restore" and config.judge == "none":
         yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
+    yield from _row_relations(config, at)
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
     yield from _stage_relations(config, at)
@@ -594,6 +647,40 @@ def _stage_relations(config: Any, at: str) -> Iterator[str]:
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
         )
+
+
+def _row_relations(config: Any, at: str) -> Iterator[str]:
+    """Checks of what is trained on."""
+    if isinstance(config, DataConfig):
+        for name, weight in config.mixture.items():
+            if not (math.isfinite(weight) and weight > 0):
+                yield f"{at}mixture.{name}: the weight must be a number above 0, got {weight}; leave it out instead"
+    if isinstance(config, SFTConfig):
+        yield from _sft_relations(config, at)
+    if isinstance(config, SelectionConfig):
+        yield from _selection_relations(config, at)
+
+
+def _sft_relations(config: SFTConfig, at: str) -> Iterator[str]:
+    wants = {"select_epoch": config.select_epoch, "selection.method": config.selection.method}
+    for key, word in wants.items():
+        if word == "reward" and config.reward_model is None:
+            yield (
+                f"{at}reward_model: {key}=reward needs one; name it: {at}reward_model=latest/rm (the newest one), "
+                f"RUN/rm or a folder"
+            )
+    if config.select_epoch != "last" and config.eval_rows == 0:
+        yield f"{at}eval_rows: select_epoch={config.select_epoch} looks at held-out rows; give it some"
+
+
+def _selection_relations(config: SelectionConfig, at: str) -> Iterator[str]:
+    for script in config.scripts:
+        if script not in SCRIPTS:
+            yield f"{at}scripts: there is no script {script!r} here. {did_you_mean(script, SCRIPTS)}"
+    if config.keep < 1 and not config.ranks:
+        yield f"{at}keep: {config.keep:g} of the rows, chosen by what? Set {at}method or {at}diversity"
+    if (config.min_tokens or 0) > (config.max_tokens or math.inf):
+        yield f"{at}min_tokens: {config.min_tokens} is more than max_tokens {config.max_tokens}"
 
 
 def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:

@@ -1,8 +1,9 @@
-"""One forward of a language model, from a batch to the logprobs of its learnt tokens.
+"""One forward of a language model, from a batch to the logprobs of its learnt tokens or to embeddings.
 
-model, TokenBatch -> logprobs (B, T - 1)
+model, TokenBatch -> logprobs (B, T - 1), or one vector a sequence (B, d)
 """
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,3 +33,13 @@ def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
     result = found.new_zeros(mask.shape)
     result[:, positions] = found
     return result.masked_fill(~mask, 0.0)
+
+
+def mean_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The mean of the last hidden states over the real tokens of each sequence, (B, d) float32."""
+    # Through the whole model, not its body: sharded weights are gathered at its door.
+    output = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=1, output_hidden_states=True)
+    hidden = output.hidden_states[-1].float()
+    real = torch.arange(hidden.shape[1], device=hidden.device) < batch.lengths[:, None]
+    mean: Tensor = (hidden * real[:, :, None]).sum(1) / batch.lengths[:, None]
+    return mean

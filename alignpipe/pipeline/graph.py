@@ -6,8 +6,9 @@ folder, a hub id. Whatever else it is, is an error with the nearest name.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -30,7 +31,7 @@ from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.reward_bench import read_reward_bench
-from alignpipe.data.sources import DataSource, find_source, readable_types
+from alignpipe.data.sources import DataSource, find_mixture, find_source, holds_world, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.hub import model_folder, resolve_revision
 from alignpipe.pipeline.references import (
@@ -45,7 +46,7 @@ from alignpipe.pipeline.store import Store, run_stages
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
-    "sft": ("policy",),
+    "sft": ("policy", "reward_model", "selection_model"),
     "collect": ("policy",),
     "rm": ("policy",),
     "rs": ("policy", "reward_model"),
@@ -211,7 +212,7 @@ class _Resolver:
         return Graph({**self.outside, **self.nodes})
 
     def _node(self, name: str, *, in_order: bool) -> Node:
-        config = self.stages[name]
+        config = _with_whole_paths(self.stages[name])
         node = Node(name, config, in_order=in_order)
         for role in ROLES[config.kind]:
             label = getattr(config, role)
@@ -324,14 +325,15 @@ class _Resolver:
                 raise ConfigError(f"{key}: {name} is a stage of kind {kind}; only collect makes data")
             source = DataSource("collect", str(self.store.stage(kind, stage_key)), config)
             return DataRef(name, config, source, "train")
-        source = find_source(name, config)
+        source = find_mixture(config) if config.mixture else find_source(name, config)
         types = readable_types(source)
         if not any(want in types for want in wanted):
             raise DataError(
-                f"{key}: {name} holds {' and '.join(sorted(types))}; stage {stage} needs {' or '.join(wanted)}; "
+                f"{key}: {source.path} holds {' and '.join(sorted(types)) or 'no type of rows in common'}; "
+                f"stage {stage} needs {' or '.join(wanted)}; "
                 f"give it other data, or name its columns with data.columns"
             )
-        return DataRef(name, config, source, self._share(stage, source))
+        return DataRef(source.path if config.mixture else name, config, source, self._share(stage, source))
 
     def _share(self, stage: str, source: DataSource) -> str:
         """The part of a data set that a stage may see.
@@ -340,12 +342,14 @@ class _Resolver:
         is endless and always split.
         """
         own = SHARE.get(self.stages[stage].kind, "eval")
-        if own == "eval" or source.kind == TOY:
+        if own == "eval" or holds_world(source):
             return own
-        return "train" if len(self._shares_reading(self.stages[stage].data.path)) <= 1 else own
+        return "train" if len(self._shares_reading(self.stages[stage].data)) <= 1 else own
 
-    def _shares_reading(self, path: str) -> set[str]:
-        kinds = {self.stages[name].kind for name in self.order if self.stages[name].data.path == path}
+    def _shares_reading(self, data: DataConfig) -> set[str]:
+        """Shares of the stages that read one of the same sets."""
+        names = _set_names(data)
+        kinds = {self.stages[name].kind for name in self.order if names & _set_names(self.stages[name].data)}
         return {SHARE[kind] for kind in kinds if kind in SHARE}
 
     def _add_demonstrations(self, node: Node) -> None:
@@ -356,11 +360,15 @@ class _Resolver:
         demonstrations: DataConfig = getattr(config, DEMONSTRATIONS)
         if demonstrations.path in self.stages:
             return
-        source = find_source(demonstrations.path, demonstrations)
+        source = (
+            find_mixture(demonstrations)
+            if demonstrations.mixture
+            else find_source(demonstrations.path, demonstrations)
+        )
         if "demonstrations" in readable_types(source):
-            split = source.kind == TOY or len(self._shares_reading(demonstrations.path) | {"sft"}) > 1
+            split = holds_world(source) or len(self._shares_reading(demonstrations) | {"sft"}) > 1
             share = "sft" if split else "train"
-            node.data[DEMONSTRATIONS] = DataRef(demonstrations.path, demonstrations, source, share)
+            node.data[DEMONSTRATIONS] = DataRef(source.path, demonstrations, source, share)
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
@@ -452,3 +460,18 @@ class _Resolver:
                 f"{key}: {config.judge} is nobody here, and restore goes back to what a judge liked best; "
                 f"name a reward model that learnt from other labels, or set monitor.action=stop"
             )
+
+
+def _with_whole_paths(config: StageConfig) -> StageConfig:
+    """A stage's configuration with the paths of its mixtures absolute: its processes may stand elsewhere."""
+    found: dict[str, Any] = {
+        role: find_mixture(data).config
+        for role in ("data", DEMONSTRATIONS)
+        if (data := getattr(config, role, None)) is not None and data.mixture
+    }
+    return replace(config, **found)
+
+
+def _set_names(data: DataConfig) -> set[str]:
+    """The data sets that a section names."""
+    return set(data.mixture) or {data.path}

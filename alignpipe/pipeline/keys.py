@@ -12,7 +12,7 @@ from typing import Any
 
 from alignpipe.artifact import Manifest, read_manifest
 from alignpipe.config import TINY, TOY, Config, semantic
-from alignpipe.data.sources import content_hash
+from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
@@ -102,8 +102,9 @@ def _data_inputs(
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
         settings.pop("world", None)
-    toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
-    if not toy_ranker:
+    if ref.source is None or ref.source.kind != MIXTURE:
+        settings.pop("mixture_stopping", None)
+    if node.kind not in RANKERS or ref.source is None or not holds_world(ref.source):
         settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 

@@ -39,11 +39,25 @@ def stage_moments(config: Any, models: dict[str, Architecture], work: Work, sett
 
 
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """A reward model that chooses the epoch stays through training; those that select rows are gone before it."""
     policy = Role(models["policy"])
-    held = held_memory(setting, trained=[policy])
     batch = training_batch(config, work, setting)
+    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    asked = [Role(models["selection_model"])] if "selection_model" in models else []
+    held = held_memory(setting, trained=[policy], frozen=reward if config.select_epoch == "reward" else [])
     alone = replace(held, optimizer=0.0)
+    judges = (
+        [*(reward if config.selection.method == "reward" else []), *asked] if config.selection.ranks else []
+    )
+    selecting = replace(held_memory(setting, trained=[policy], frozen=judges), optimizer=0.0)
+    looking = config.eval_rows if config.select_epoch == "reward" else 0
     return [
+        *([scoring_moment(selecting, judges[-1], batch, setting)] if judges else []),
+        *(
+            sampling_moments(held, policy, config, config.max_prompt_length, looking, 1, setting)
+            if looking
+            else []
+        ),
         *training_moments(held, policy, batch, config, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),

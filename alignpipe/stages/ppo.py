@@ -148,6 +148,7 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")
     return {
+        **encoded.figures,
         "reward": figures.get("objective/score"),
         "kl": figures.get("objective/kl"),
         "kl_coef": kl_coef,

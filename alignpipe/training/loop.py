@@ -114,7 +114,7 @@ def fit(
         watcher: asked after every step whether training ends there.
 
     Returns:
-        The last held-out figures.
+        The held-out figures of the weights that the model ends with.
 
     Raises:
         NumericalError: a loss or gradient is not finite; the weights are those of the last good step.
@@ -133,11 +133,12 @@ def fit(
     model.train()
     for step in range(first, total):
         batch = [rows[index] for index in next(order)]
+        context.step = step
         set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
         for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():
             averages.add(name, value, count)
         tokens += sum(row.num_tokens for row in batch)
-        done = step + 1
+        context.step = done = step + 1
         if done % config.log_steps == 0 or done == total:
             rate = optimizer.param_groups[0]["lr"]
             figures = context.metrics.log(done, {**averages.means(), "learning_rate": rate}, tokens=tokens)

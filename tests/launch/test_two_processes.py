@@ -121,6 +121,35 @@ def test_sharded_training_in_bf16_keeps_float32_weights_and_nearly_the_curve(
     }
 
 
+SFT_IN_FULL = [
+    "pipeline.order=[sft]",
+    "stages.sft.neftune_alpha=5",
+    "stages.sft.select_epoch=loss",
+    "stages.sft.selection.method=ifd",
+    "stages.sft.selection.diversity=kcenter",
+    "stages.sft.selection.keep=0.4",
+]
+
+
+def test_noise_selection_and_best_epoch_do_not_depend_on_processes(group: Group, tmp_path: Path) -> None:
+    one = Project(tmp_path / "one" / "outputs").run(*CPU, *SFT_IN_FULL) / "sft"
+    for name, words in (("two", TWO), ("fsdp2", FSDP2)):
+        task = Project(tmp_path / name / "outputs").prepare("sft", *words, *SFT_IN_FULL)
+        group.call(CASES, "run_stage", path=task.work / TASK)
+        mine, theirs = (
+            [json.loads(line) for line in (folder / "selection.jsonl").read_text().splitlines()]
+            for folder in (one, task.target)
+        )
+        assert [(row["place"], row["kept"]) for row in mine] == [
+            (row["place"], row["kept"]) for row in theirs
+        ]
+        assert 0 < sum(row["kept"] for row in mine) < len(mine)
+        assert _largest_difference("sft", one, task.target) < 1e-5
+        opened = load_file(task.target / "model.safetensors")
+        for key, weight in load_file(one / "model.safetensors").items():
+            assert (opened[key] - weight).abs().max() < 1e-4, key
+
+
 ADAPTED = ["adapter=lora", "pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
 
 
