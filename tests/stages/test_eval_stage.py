@@ -246,6 +246,6 @@ def test_what_was_collected_is_no_held_out_text(copied: Project) -> None:
 
 def test_text_of_ones_own_without_a_held_out_row_is_refused(copied: Project, tmp_path: Path) -> None:
     text = tmp_path / "short.jsonl"
-    text.write_text('{"text": "One."}\n')
+    text.write_text('{"text": "A document."}\n')
     with pytest.raises(DataError, match=r"no row of .*short\.jsonl is in the evaluation share"):
         copied.run(*QUICK, "stage.policies=[latest/sft]", "stage.num_prompts=2", f"stage.text_data={text}")
