@@ -16,7 +16,7 @@ from alignpipe.data.sources import content_hash
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.graph import JUDGE, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
@@ -57,6 +57,7 @@ def _inputs(
     }
     for role in ("demonstrations", "text_data"):
         settings.pop(role, None)
+    _reduce_monitor(settings, node)
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -68,6 +69,14 @@ def _inputs(
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
+
+
+def _reduce_monitor(settings: dict[str, Any], node: Node) -> None:
+    """A monitor that never looks decides nothing; a judge by name stands among the models."""
+    if settings.get("monitor", {}).get("action") == "none":
+        settings.pop("monitor")
+    elif JUDGE in node.models:
+        settings["monitor"].pop("judge")
 
 
 def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) -> str:

@@ -207,7 +207,10 @@ def hacked(scorecard: dict[str, Any]) -> list[str]:
 
 def _next(scorecard: dict[str, Any]) -> list[str]:
     if hacked(scorecard):
-        return ["a larger stages.ppo.kl_coef, fewer stages.ppo.num_rollouts, or labelers without bias"]
+        return [
+            "a larger stages.ppo.kl_coef, fewer stages.ppo.num_rollouts, or labelers without bias",
+            "monitor=restore                               end training where gold falls, and go back",
+        ]
     if not scorecard["gains"]:
         return ["alignpipe run stage=eval stage.policies=[base,latest/sft] to compare other checkpoints"]
     return [
