@@ -398,6 +398,9 @@ class _Resolver:
         if not isinstance(config, EvalConfig) or config.text_rows == 0:
             return
         text = config.text_data
+        if text.path in self.stages or find_run_stage(self.store, text.path) is not None:
+            # What a policy said itself is no text to hold it against.
+            return
         source = find_source(text.path, text)
         if set(WANTED["sft"]) & readable_types(source):
             node.data[TEXT_DATA] = DataRef(text.path, text, source, "eval")
