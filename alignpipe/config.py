@@ -70,6 +70,7 @@ class ColumnsConfig:
     rejected: str | None = plain()
     responses: str | None = plain()
     ranks: str | None = plain()
+    margin: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -356,6 +357,17 @@ class RMConfig(TrainingConfig):
 
     policy: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
+    # Its content is in the key, not where it lies.
+    benchmark: str | None = plain(in_key=False)
+    loss: str = choice("kwise", "plackett_luce")
+    margin: str = choice("none", "column", "rank", "gold")
+    margin_degrees: str = choice("small", "large")
+    margin_scale: float = number(above=0)
+    label_smoothing: float = number(minimum=0, maximum=0.49)
+    ties: str = choice("drop", "half")
+    centering: float = number(minimum=0)
+    num_heads: int = number(minimum=1, maximum=64)
+    stress_rows: int = number(minimum=0)
 
 
 @dataclass
@@ -568,6 +580,15 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
+    yield from _stage_relations(config, at)
+
+
+def _stage_relations(config: Any, at: str) -> Iterator[str]:
+    if isinstance(config, RMConfig) and config.loss == "plackett_luce":
+        # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
+        for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
+            if getattr(config, key) != plain_value:
+                yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "

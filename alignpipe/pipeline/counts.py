@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, PPOConfig, RSConfig
+from alignpipe.config import (
+    TINY,
+    CollectConfig,
+    Config,
+    DPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RMConfig,
+    RSConfig,
+)
 from alignpipe.data.encoding import (
     Encoded,
     Example,
@@ -19,6 +28,7 @@ from alignpipe.data.encoding import (
     encode_rankings,
     encode_texts,
 )
+from alignpipe.data.margins import check_margins
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records, readable_types
@@ -79,6 +89,8 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
             f"({ref.share}); give more rows or change data.shares"
         )
+    if isinstance(node.config, RMConfig):
+        check_margins([record for record in records if isinstance(record, Ranking)], node.config, node.name)
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
     examples, left, limit = _encoded(node, sample, tokenizer)

@@ -21,6 +21,7 @@ from alignpipe.config import (
     Config,
     DataConfig,
     EvalConfig,
+    RMConfig,
     RSConfig,
     StageConfig,
     StageMonitorConfig,
@@ -28,6 +29,7 @@ from alignpipe.config import (
 from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
+from alignpipe.data.reward_bench import read_reward_bench
 from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.hub import model_folder, resolve_revision
@@ -69,6 +71,7 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
+BENCHMARK = "benchmark"
 # The reward model that watches a training which another one steers; its key stands under `monitor`.
 JUDGE = "judge"
 SCALAR_ROLES = ("reward_model", JUDGE)
@@ -221,6 +224,7 @@ class _Resolver:
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
         self._add_demonstrations(node)
+        self._add_benchmark(node)
         self._add_text(node)
         self._add_templates(node)
         self._check_judge(node)
@@ -360,6 +364,25 @@ class _Resolver:
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+
+    def _add_benchmark(self, node: Node) -> None:
+        """A stage rm is scored on a benchmark's file where one is named; it is read whole here, before any step."""
+        config = node.config
+        if not isinstance(config, RMConfig):
+            return
+        if config.margin == "column" and node.data["data"].stage is not None:
+            raise ConfigError(
+                f"{self._key(node.name, 'margin')}: collect ranks and gives no column of margins; take rank or gold"
+            )
+        if config.benchmark is not None:
+            source = find_source(config.benchmark, config.data)
+            if source.kind != "file" or Path(source.path).is_dir():
+                key = self._key(node.name, "benchmark")
+                raise ConfigError(
+                    f"{key}: {config.benchmark} is no file; download it, and give the .jsonl or .parquet"
+                )
+            read_reward_bench(Path(source.path))
+            node.data[BENCHMARK] = DataRef(config.benchmark, config.data, source, "all")
 
     def _add_text(self, node: Node) -> None:
         """An eval measures perplexity on held-out demonstrations or documents, where there are any."""
