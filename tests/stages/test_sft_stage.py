@@ -111,7 +111,7 @@ def test_selected_rows_are_trained_on_and_every_row_has_its_reason(copied: Proje
         "stage.selection.method=ifd",
         "stage.selection.diversity=kcenter",
         "stage.selection.keep=0.2",
-        "stage.selection.min_tokens=4",
+        "stage.selection.min_tokens=7",
         "stage.selection_model=latest/sft",
         "stage.num_samples=0",
         "stage.max_steps=2",
