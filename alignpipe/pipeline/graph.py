@@ -12,7 +12,18 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from alignpipe.artifact import POLICY_KINDS
-from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
+from alignpipe.config import (
+    BASE,
+    LATEST,
+    TINY,
+    TOY,
+    Config,
+    DataConfig,
+    EvalConfig,
+    PPOConfig,
+    RSConfig,
+    StageConfig,
+)
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.sources import DataSource, find_source, readable_types
@@ -55,7 +66,8 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "dpo": ("rankings",),
     "eval": ("prompts",),
 }
-DEMONSTRATIONS = "demonstrations"
+# A second data set, read beside the first: what rm is centred on, what rs replays, what PPO-ptx goes on learning.
+SECOND_DATA = {"rm": "demonstrations", "rs": "demonstrations", "ppo": "ptx_data"}
 
 
 @dataclass
@@ -202,7 +214,7 @@ class _Resolver:
             for index, label in enumerate(config.policies):
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
-        self._add_demonstrations(node)
+        self._add_second_data(node)
         self._check_judge(node)
         return node
 
@@ -320,22 +332,27 @@ class _Resolver:
         kinds = {self.stages[name].kind for name in self.order if self.stages[name].data.path == path}
         return {SHARE[kind] for kind in kinds if kind in SHARE}
 
-    def _add_demonstrations(self, node: Node) -> None:
-        """A stage rm is centred on demonstrations and rs replays them, where the root data has any."""
+    def _add_second_data(self, node: Node) -> None:
+        """The second data set of a stage, where the root data has one of its kind and the stage has a use for it."""
         config = node.config
-        if config.kind not in ("rm", "rs"):
+        if config.kind not in SECOND_DATA or (isinstance(config, PPOConfig) and config.ptx_coef == 0):
             return
-        demonstrations: DataConfig = getattr(config, DEMONSTRATIONS)
-        if demonstrations.path in self.stages:
-            return
-        source = find_source(demonstrations.path, demonstrations)
-        if "demonstrations" in readable_types(source):
-            split = source.kind == TOY or len(self._shares_reading(demonstrations.path) | {"sft"}) > 1
-            share = "sft" if split else "train"
-            node.data[DEMONSTRATIONS] = DataRef(demonstrations.path, demonstrations, source, share)
-        elif isinstance(config, RSConfig) and config.replay > 0:
+        role = SECOND_DATA[config.kind]
+        data: DataConfig = getattr(config, role)
+        types = None if data.path in self.stages else readable_types(source := find_source(data.path, data))
+        # Only PPO-ptx learns from raw text as well (arXiv:2203.02155, section 3.5).
+        if types is not None and ("demonstrations" in types or (role == "ptx_data" and "text" in types)):
+            split = source.kind == TOY or len(self._shares_reading(data.path) | {"sft"}) > 1
+            node.data[role] = DataRef(data.path, data, source, "sft" if split else "train")
+        elif isinstance(config, PPOConfig):
+            key = self._key(node.name, "ptx_data.path")
+            raise ConfigError(
+                f"{key}: {data.path} has neither demonstrations nor text; name data that has, or set "
+                f"{self._key(node.name, 'ptx_coef')}=0"
+            )
+        elif isinstance(config, RSConfig) and config.replay > 0 and types is not None:
             key = self._key(node.name, "replay")
-            raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+            raise ConfigError(f"{key}: {data.path} has no demonstrations to replay; set {key}=0")
 
     def _check_judge(self, node: Node) -> None:
         """The gold judge knows the embedded world alone."""

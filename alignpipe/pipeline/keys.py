@@ -16,7 +16,7 @@ from alignpipe.data.sources import content_hash
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.graph import SECOND_DATA, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
@@ -53,7 +53,8 @@ def _inputs(
     data = {
         role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
     }
-    settings.pop("demonstrations", None)
+    for role in SECOND_DATA.values():
+        settings.pop(role, None)
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
