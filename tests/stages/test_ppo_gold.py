@@ -32,4 +32,4 @@ def test_every_estimator_passes_sft_in_gold(outputs: Path, method: str) -> None:
     policies = json.loads((folder / "scorecard.json").read_text())["policies"]
     sft, ppo = (policies[name]["gold"]["overall"] for name in ("sft", "ppo"))
     # Measured: 0.27 to 0.37 over two seeds.
-    assert ppo["mean"] > sft["mean"] + 0.15, (sft, ppo)
+    assert ppo > sft + 0.15
