@@ -17,6 +17,8 @@ from alignpipe.errors import ConfigError, did_you_mean
 
 BASE = "base"
 TOY = "toy"
+# Words of a judge; every other one names a reward model.
+JUDGES = ("auto", TOY, "none")
 TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
@@ -68,6 +70,7 @@ class ColumnsConfig:
     rejected: str | None = plain()
     responses: str | None = plain()
     ranks: str | None = plain()
+    margin: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -272,6 +275,34 @@ class StageConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """What a held-out judge watches for while a policy is trained, and what then happens."""
+
+    action: str = choice("none", "warn", "stop", "restore")
+    judge: str = plain()
+    num_prompts: int = number(minimum=8)
+    num_samples: int = number(minimum=1)
+    max_fall: float | None = number(minimum=0)
+    confidence: float = number(minimum=0.5, maximum=0.9999)
+    max_length_ratio: float | None = number(above=1)
+    min_entropy_ratio: float | None = number(above=0, maximum=1)
+    max_repetition: float | None = number(above=0, maximum=1)
+    max_kl: float | None = number(above=0)
+
+
+@dataclass
+class StageMonitorConfig(MonitorConfig):
+    """The same in one stage, with how often it looks: in rollouts of ppo, in steps of the others."""
+
+    every: int = number(minimum=1)
+
+
+def _root_monitor() -> Any:
+    """The monitor of one stage: the root's, but for what the stage says."""
+    return StageMonitorConfig(**{spec.name: II(f"monitor.{spec.name}") for spec in fields(MonitorConfig)})
+
+
+@dataclass
 class SamplingConfig(StageConfig):
     """A stage that samples responses to prompts."""
 
@@ -326,6 +357,17 @@ class RMConfig(TrainingConfig):
 
     policy: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
+    # Its content is in the key, not where it lies.
+    benchmark: str | None = plain(in_key=False)
+    loss: str = choice("kwise", "plackett_luce")
+    margin: str = choice("none", "column", "rank", "gold")
+    margin_degrees: str = choice("small", "large")
+    margin_scale: float = number(above=0)
+    label_smoothing: float = number(minimum=0, maximum=0.49)
+    ties: str = choice("drop", "half")
+    centering: float = number(minimum=0)
+    num_heads: int = number(minimum=1, maximum=64)
+    stress_rows: int = number(minimum=0)
 
 
 @dataclass
@@ -336,6 +378,7 @@ class DPOConfig(TrainingConfig, SamplingConfig):
     reference: str = plain(in_key=False)
     beta: float = number(above=0)
     num_samples: int = number(minimum=0)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -348,6 +391,7 @@ class RSConfig(TrainingConfig, SamplingConfig):
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2)
     replay: float = number(minimum=0, maximum=0.9)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -388,6 +432,7 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
     ptx_coef: float = number(minimum=0)
     ptx_batch_size: int = number(minimum=1)
     ema_decay: float | None = number(minimum=0, maximum=0.99999)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
     @property
     def has_value_model(self) -> bool:
@@ -411,14 +456,29 @@ class CollectConfig(SamplingConfig):
 
 
 @dataclass
+class PrejudiceConfig:
+    """Questions in which the name of a group is swapped."""
+
+    templates: str | None = plain(in_key=False)
+    groups: list[str] = plain()
+
+
+@dataclass
 class EvalConfig(SamplingConfig):
     """Score several policies on the same held-out prompts."""
 
     policies: list[str] = plain(in_key=False)
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
-    judge: str = choice("auto", TOY, "none")
+    win_rate_against: str | None = plain(in_key=False)
+    judge: str = choice(*JUDGES)
     num_prompts: int = number(minimum=1)
+    num_samples: int = number(minimum=1)
+    # What perplexity is measured on.
+    text_data: DataConfig = field(default_factory=_root_data)
+    text_rows: int = number(minimum=0)
+    max_length: int = number(minimum=2)
+    prejudice: PrejudiceConfig = field(default_factory=PrejudiceConfig)
 
 
 KINDS: dict[str, type[StageConfig]] = {
@@ -452,6 +512,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     stage: StageConfig | None = None
     stages: dict[str, StageConfig] = field(default_factory=dict)
     pipeline: PipelineConfig | None = None
@@ -478,6 +539,7 @@ def register() -> None:
         "rollout": RolloutConfig,
         "launch": LaunchConfig,
         "adapter": AdapterConfig,
+        "monitor": MonitorConfig,
         "pipeline": PipelineConfig,
     }
     for name, node in {**groups, **KINDS}.items():
@@ -534,10 +596,22 @@ def _relations(config: Any, path: str) -> Iterator[str]:
             f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
             f"{config.micro_batch_size}; nearest: {near}"
         )
+    if isinstance(config, MonitorConfig) and config.action == "restore" and config.judge == "none":
+        yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
+    if isinstance(config, RMConfig):
+        yield from _rm_relations(config, at)
     if isinstance(config, PPOConfig):
         yield from _ppo_relations(config, at)
+
+
+def _rm_relations(config: RMConfig, at: str) -> Iterator[str]:
+    if config.loss == "plackett_luce":
+        # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
+        for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
+            if getattr(config, key) != plain_value:
+                yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
 
 
 def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
@@ -558,6 +632,11 @@ def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
         )
     if config.value_pretrain_rollouts > 0 and not config.has_value_model:
         yield f"{at}value_pretrain_rollouts: advantage={config.advantage} has no value model; set it to 0"
+    if config.ema_decay is not None and config.monitor.action == "restore":
+        yield (
+            f"{at}ema_decay: monitor.action=restore hands on weights that a judge saw, not an average; "
+            f"set {at}ema_decay=null or take monitor.action=stop"
+        )
     if config.value_pretrain_rollouts >= config.num_rollouts:
         yield (
             f"{at}value_pretrain_rollouts: {config.value_pretrain_rollouts} of num_rollouts {config.num_rollouts} "

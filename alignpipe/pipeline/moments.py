@@ -61,15 +61,20 @@ def _rm(config: RMConfig, models: dict[str, Architecture], work: Work, setting: 
 
 
 def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reference is gone before the policy is opened: its log-probs are computed once and kept."""
+    """The reference is gone before the policy is opened: its log-probs are computed once and kept.
+
+    A monitor opens it again.
+    """
     policy, reference = Role(models["policy"]), Role(models["reference"])
     one = training_batch(config, work, setting)
     both = replace(one, rows=2 * one.rows)
-    held = held_memory(setting, trained=[policy])
-    alone = replace(held, optimizer=0.0)
+    watching = _watching(config, models, reference)
+    held = held_memory(setting, trained=[policy], frozen=watching)
+    alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
         scoring_moment(held_memory(setting, frozen=[reference]), reference, one, setting),
         *training_moments(held, policy, both, config, setting),
+        *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
     ]
@@ -79,7 +84,7 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
     """The reward model stays in memory while its choices are learnt."""
     policy, reward = Role(models["policy"]), Role(models["reward_model"], scalar=True)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
-    held = held_memory(setting, trained=[policy], frozen=[reward])
+    held = held_memory(setting, trained=[policy], frozen=[reward, *_watching(config, models, policy)])
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
     return [
@@ -88,6 +93,7 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
         ),
         scoring_moment(replace(held, optimizer=0.0), reward, Batch(config.micro_batch_size, length), setting),
         *training_moments(held, policy, batch, config, setting),
+        *_looks(config, held, policy, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
     ]
 
@@ -95,7 +101,7 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """Four models and two optimizers at once, three and one without a value model; one learns at a time."""
     policy, reference = Role(models["policy"]), Role(models["reference"])
-    frozen, trained = [reference], [policy]
+    trained, frozen = [policy], [reference, *_watching(config, models, reference)[1:]]
     if "reward_model" in models:
         frozen.append(Role(models["reward_model"], scalar=True))
     # It starts as the reward model.
@@ -114,6 +120,7 @@ def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
     moments = [
         *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
+        *_looks(config, held, policy, setting),
         scoring_moment(held, policy, batch, setting),
         *_policy_update(held, policy, batch, config, setting),
         check_moment(held, policy, setting),
@@ -130,17 +137,34 @@ def _policy_update(
 ) -> list[Memory]:
     """An update of the policy, with the rows of PPO-ptx and the gradient of the entropy where they are asked for."""
     if config.ptx_coef > 0:
-        # Its rows are learnt from their first response token on, at the worst all of them; gradients wait meanwhile.
+        # Its rows come in passes of their own, with gradients there already; at the worst every token is learnt.
         batch = replace(batch, columns=batch.length)
-        gradients = WIDE * policy.own(setting) * setting.share
-        alone = config.batch_size <= micro_rows(config, setting) * setting.processes
-        held = held.plus("", gradients=gradients if alone else 0.0)
+        config = replace(config, batch_size=config.batch_size + config.ptx_batch_size)
     moments = training_moments(held, policy, batch, config, setting)
     if config.entropy_coef > 0:
         # losses/logprobs.py: a second gradient of the size of the logits, added to the first.
         logits = batch.rows * batch.columns * policy.shape.vocab_size * setting.width
         moments[0] = moments[0].plus(moments[0].moment, logits=logits)
     return moments
+
+
+def _watching(
+    config: PPOConfig | DPOConfig | RSConfig, models: dict[str, Architecture], reference: Role
+) -> list[Role]:
+    """What a monitor holds: the model that KL is taken against, and a judge that is a reward model."""
+    if config.monitor.action == "none":
+        return []
+    return [reference, *([Role(models["judge"], scalar=True)] if "judge" in models else [])]
+
+
+def _looks(
+    config: PPOConfig | DPOConfig | RSConfig, held: Memory, policy: Role, setting: Setting
+) -> list[Memory]:
+    """A monitor samples while the moments of AdamW wait."""
+    monitor = config.monitor
+    prompts = 0 if monitor.action == "none" else monitor.num_prompts
+    longest = config.max_prompt_length
+    return sampling_moments(held, policy, config, longest, prompts, monitor.num_samples, setting)
 
 
 def _collect(
@@ -154,28 +178,28 @@ def _collect(
 
 
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The last policy stays while the next is opened, and through the KL, where policy and reference join it."""
+    """One policy at a time beside the reward model, then the reference in its place."""
     policy = Role(models["policy"])
-    frozen = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
-    several = len(config.policies) > 1
-    held = replace(held_memory(setting, trained=[policy], frozen=frozen), optimizer=0.0)
+    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    held = replace(held_memory(setting, trained=[policy], frozen=reward), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
-    moments = sampling_moments(held, policy, config, work.longest, config.num_prompts, 1, setting)
-    if frozen:
-        moments.append(scoring_moment(held, frozen[0], replace(batch, columns=0), setting))
+    moments = sampling_moments(
+        held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
+    )
+    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in reward]
     if "reference" in models:
-        compared = [*frozen, Role(models["reference"]), policy]
-        moments.append(
-            scoring_moment(
-                replace(held_memory(setting, trained=[policy], frozen=compared), optimizer=0.0),
-                policy,
-                batch,
-                setting,
-            )
-        )
-    extra = (3 if "reference" in models else 1) * several
-    return [*moments, held.plus("open", weights=extra * held.weights)]
+        reference = Role(models["reference"])
+        beside = held_memory(setting, frozen=[*reward, reference])
+        moments.append(scoring_moment(held, policy, batch, setting))
+        moments.append(scoring_moment(beside, reference, batch, setting))
+    if config.text_rows:
+        # As many tokens as a batch of the longest responses has, all of them learnt where the text is documents.
+        longest = config.max_length
+        room = config.generation_batch_size * (config.max_prompt_length + config.max_response_length)
+        rows = min(config.text_rows, max(1, room // longest))
+        moments.append(scoring_moment(held, policy, Batch(rows, longest, longest), setting))
+    return moments
 
 
 MOMENTS: dict[str, Callable[..., list[Memory]]] = {

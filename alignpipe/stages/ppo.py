@@ -26,6 +26,7 @@ from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.rewards import RewardModel, load_reward_model, read_normalizer
 from alignpipe.losses.advantages import gae, grpo, reinforce_pp, rloo
 from alignpipe.losses.logprobs import masked_sum, masked_whiten
@@ -100,14 +101,17 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` to raise the reward model's score while it stays near `reference`."""
     tokenizer = context.tokenizer("policy")
     models = _load(config, tokenizer, context)
+    monitor = load_monitor(config, context, tokenizer, models.policy, lambda: models.reference, models.reward)
+    modules = {**models.changing, **monitor.modules}
     prompts, texts = _prompts(config, tokenizer, context)
-    state = context.resume(models.changing, models.optimizers)
+    state = context.resume(modules, models.optimizers)
     first, ended = int(state.get("rollout", 0)), False
-    control = KLControl(config, context.progress, state.get("kl_coef", config.kl_coef))
+    control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
     moments = RunningMoments(*state.get("score_moments", ()))
     reward = moments.scaling(models.reward) if config.reward_scaling == "running" else models.reward
     order = batches(config.seed, len(prompts), config.rollout_size, start=first * config.rollout_size)
     figures: dict[str, float] = {}
+    monitor.begin(state, config.num_rollouts)
     context.progress.begin("rollouts", config.num_rollouts, first)
     # The order has no end.
     for rollout, chosen in zip(range(first, config.num_rollouts), order, strict=False):
@@ -118,23 +122,24 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         ended = control.spent(figures["objective/kl"])
         if not ended:
             figures |= _update(config, context, models, experience, rollout, control.coef)
-        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": control.coef}
-        control.adapt(figures["objective/kl"], rollout)
         asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
         answers = response_texts(examples, tokenizer)
-        figures |= _gold(context, asked, answers)
+        figures |= _gold(context, asked, answers) | {
+            "objective/finished": sum(finished) / len(finished),
+            "objective/kl_coef": control.coef,
+        }
+        control.adapt(figures["objective/kl"], rollout)
         step, done = (rollout + 1) * config.updates_per_rollout, rollout + 1
         if done % config.log_steps == 0 or done == config.num_rollouts or ended:
             figures = context.metrics.log(step, figures, tokens=int(experience.batch.lengths.sum()))
             context.metrics.samples(step, _shown(asked, answers, scores))
         context.progress.update(done, figures)
-        # The figures of the rollout are complete and nothing is saved yet: here it can be judged.
-        if ended:
+        if monitor.ends(done, step) or ended:
             break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
             values = {"rollout": done, "kl_coef": control.coef, "score_moments": moments.state}
-            context.save(step, models.changing, models.optimizers, values)
+            context.save(step, modules, models.optimizers, values | monitor.values())
         if stopping:
             context.stop.end()
     context.save_checkpoint(models.result(), tokenizer, "policy")
@@ -142,7 +147,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         "reward": figures.get("objective/score"),
         "kl": figures.get("objective/kl"),
         "kl_coef": control.coef,
-        "ended_by": "kl_budget" if ended else "num_rollouts",
+        "over_kl_budget": ended,
+        **monitor.summary(),
     }
 
 

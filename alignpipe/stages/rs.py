@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from alignpipe.config import RSConfig
 from alignpipe.data.collate import collate
@@ -17,6 +18,7 @@ from alignpipe.data.encoding import Example, encode_demonstrations, encode_promp
 from alignpipe.data.records import Demonstration, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, DataError
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import load_reward_model
 from alignpipe.losses.best_of_n import best_of_n
@@ -67,7 +69,11 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     def evaluate() -> dict[str, float]:
         return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
-    after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
+    def start() -> PreTrainedModel:
+        return context.load_policy("policy", tokenizer, frozen=True)
+
+    monitor = load_monitor(config, context, tokenizer, policy, start, reward_model)
+    after = fit(policy, best + replayed, loss_fn, config, context, evaluate, monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
     return {
         "rows": len(best) + len(replayed),
@@ -76,6 +82,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         "reward_best": float(rewards.max(axis=1).mean()),
         "best_of_n": _curve(rewards),
         "without_eos": sum(k is None for k in chosen),
+        **monitor.summary(),
     }
 
 

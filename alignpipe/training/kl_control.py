@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from alignpipe.config import PPOConfig
 from alignpipe.losses.ppo import adapt_kl_coef
-from alignpipe.training.progress import StageProgress
+from alignpipe.training.context import Context
 
 
 @dataclass
@@ -16,25 +16,30 @@ class KLControl:
 
     Attributes:
         config: of the stage.
-        progress: where a warning goes.
+        context: where a warning goes.
         coef: price of a nat now.
+        warned: the user knows that the budget is spent.
     """
 
     config: PPOConfig
-    progress: StageProgress
+    context: Context
     coef: float
+    warned: bool = False
 
     def spent(self, kl: float) -> bool:
         """Whether training ends here: the policy that sampled is over the budget, in nats a response."""
         budget = self.config.kl_budget
         if budget is None or kl <= budget:
             return False
-        told = f"KL to the reference passed kl_budget={budget:g} nats a response"
-        if self.config.on_kl_budget == "warn":
-            self.progress.warn(f"{told}; training goes on (on_kl_budget=warn)")
-            return False
-        self.progress.warn(f"{told} ({kl:.2f}); training ends here and the policy stays as it is")
-        return True
+        ends = self.config.on_kl_budget == "stop"
+        if not self.warned:
+            self.warned = True
+            then = "training ends here, the policy stays as it is" if ends else "training goes on"
+            self.context.progress.say(
+                f"warning: {self.context.task.name}: KL to the reference, {kl:.3g} nats a response, passed "
+                f"kl_budget={budget:g}; {then}"
+            )
+        return ends
 
     def adapt(self, kl: float, rollout: int) -> None:
         """Set the price for the next rollout; it stays while the policy does not learn."""

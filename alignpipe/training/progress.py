@@ -32,7 +32,6 @@ class StageProgress:
         self._console = console
         self._live: Progress | None = None
         self._task = TaskID(0)
-        self._warnings: set[str] = set()
         self._what, self._total, self._done = "", 0, 0
         self._began = self._said = time.monotonic()
 
@@ -69,11 +68,9 @@ class StageProgress:
             line = f"  {self._stage:<8} {self._what} {done}/{self._total}  {shown}  eta {self._remaining()}"
             self._console.print(Text(line), soft_wrap=True)
 
-    def warn(self, message: str) -> None:
-        """Tell the user something in one line, once however often it happens."""
-        if message not in self._warnings:
-            self._warnings.add(message)
-            self._console.print(Text(f"  {self._stage:<8} warning: {message}"), soft_wrap=True)
+    def say(self, line: str) -> None:
+        """Write a line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
 
     def end(self) -> None:
         """Take the live line off the screen."""

@@ -74,15 +74,15 @@ def test_kl_budget_ends_training_before_the_policy_is_trained_on(
     assert lines[0]["objective/kl"] < 0.001 < lines[1]["objective/kl"]
     assert "ppo/policy_loss" in lines[0] and "ppo/policy_loss" not in lines[1]
     metrics = json.loads((folder / "alignpipe.json").read_text())["metrics"]
-    assert (metrics["ended_by"], metrics["kl"]) == ("kl_budget", pytest.approx(lines[1]["objective/kl"]))
-    told = [line for line in capfd.readouterr().err.splitlines() if "warning: KL" in line]
+    assert (metrics["over_kl_budget"], metrics["kl"]) == (True, pytest.approx(lines[1]["objective/kl"]))
+    told = [line for line in capfd.readouterr().err.splitlines() if "warning: ppo: KL" in line]
     assert len(told) == 1 and "kl_budget=0.001" in told[0] and "training ends here" in told[0]
 
 
 def test_kl_budget_may_only_warn(copied: Project, capfd: pytest.CaptureFixture[str]) -> None:
     folder = copied.run(*ALONE, *FAST, "stage.kl_budget=0.001", "stage.on_kl_budget=warn") / "ppo"
     assert len(_lines(folder)) == 3
-    told = [line for line in capfd.readouterr().err.splitlines() if "warning: KL" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "warning: ppo: KL" in line]
     assert len(told) == 1 and "training goes on" in told[0]
 
 
@@ -223,6 +223,7 @@ def test_policy_gradient_does_not_depend_on_the_cut_or_the_padding(
         (["value_pretrain_rollouts=2"], "value_pretrain_rollouts: 2 of num_rollouts 2 leave none"),
         (["dual_clip=1"], "dual_clip: must be more than 1"),
         (["ema_decay=1"], "ema_decay: must be at most"),
+        (["ema_decay=0.9", "monitor.action=restore"], "ema_decay: monitor.action=restore hands on weights"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(
