@@ -453,22 +453,48 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
     policy: str = plain(in_key=False)
     reference: str = plain(in_key=False)
     reward_model: str = plain(in_key=False)
+    ptx_data: DataConfig = field(default_factory=_root_data)
+    advantage: str = choice("gae", "rloo", "grpo", "reinforce_pp")
+    grpo_std: bool = plain()
     num_rollouts: int = number(minimum=1)
     rollout_size: int = number(minimum=2)
     num_samples: int = number(minimum=1)
     ppo_epochs: int = number(minimum=1)
     value_learning_rate: float = number(above=0)
+    value_pretrain_rollouts: int = number(minimum=0)
     kl_coef: float = number(minimum=0)
+    kl_estimator: str = choice("k1", "k2", "k3")
+    kl_in: str = choice("reward", "loss")
     kl_controller: str = choice("fixed", "adaptive")
     target_kl: float = number(above=0)
     kl_horizon: float = number(above=0)
+    kl_budget: float | None = number(above=0)
+    on_kl_budget: str = choice("stop", "warn")
+    max_update_kl: float | None = number(above=0)
     gamma: float = number(minimum=0, maximum=1)
     gae_lambda: float = number(minimum=0, maximum=1)
     clip_range: float = number(above=0)
+    dual_clip: float | None = number(above=1)
     value_clip_range: float = number(above=0)
+    reward_scaling: str = choice("none", "running")
     score_clip: float = number(above=0)
     missing_eos_penalty: float = number(minimum=0)
+    whiten_rewards: bool = plain()
+    entropy_coef: float = number(minimum=0)
+    ptx_coef: float = number(minimum=0)
+    ptx_batch_size: int = number(minimum=1)
+    ema_decay: float | None = number(minimum=0, maximum=0.99999)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
+
+    @property
+    def has_value_model(self) -> bool:
+        """Whether advantages come from a value model; the other estimators compare responses."""
+        return self.advantage == "gae"
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates over the responses of one rollout, where none is left out."""
+        return self.ppo_epochs * self.rollout_size * self.num_samples // self.batch_size
 
 
 @dataclass
@@ -552,13 +578,7 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
 
 def num_ppo_steps(config: PPOConfig) -> int:
     """Optimizer updates of the policy in a whole PPO stage."""
-    return (
-        config.num_rollouts
-        * config.ppo_epochs
-        * config.rollout_size
-        * config.num_samples
-        // config.batch_size
-    )
+    return config.num_rollouts * config.updates_per_rollout
 
 
 def register() -> None:
@@ -633,19 +653,47 @@ def _relations(config: Any, path: str) -> Iterator[str]:
     yield from _row_relations(config, at)
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
-    yield from _stage_relations(config, at)
+    if isinstance(config, RMConfig):
+        yield from _rm_relations(config, at)
+    if isinstance(config, PPOConfig):
+        yield from _ppo_relations(config, at)
 
 
-def _stage_relations(config: Any, at: str) -> Iterator[str]:
-    if isinstance(config, RMConfig) and config.loss == "plackett_luce":
+def _rm_relations(config: RMConfig, at: str) -> Iterator[str]:
+    if config.loss == "plackett_luce":
         # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
         for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
             if getattr(config, key) != plain_value:
                 yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
-    if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
+
+
+def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
+    if config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
+        )
+    if config.advantage in ("rloo", "grpo") and config.num_samples < 2:
+        yield (
+            f"{at}num_samples: {config.advantage} compares the responses to one prompt, so it needs at least 2, "
+            f"got {config.num_samples}"
+        )
+    if config.kl_in == "loss" and config.kl_estimator == "k1":
+        yield (
+            f"{at}kl_estimator: the gradient of k1 as a loss is zero on average; take k2 (that of k1 in the reward) or "
+            f"k3, or {at}kl_in=reward"
+        )
+    if config.value_pretrain_rollouts > 0 and not config.has_value_model:
+        yield f"{at}value_pretrain_rollouts: advantage={config.advantage} has no value model; set it to 0"
+    if config.ema_decay is not None and config.monitor.action == "restore":
+        yield (
+            f"{at}ema_decay: monitor.action=restore hands on weights that a judge saw, not an average; "
+            f"set {at}ema_decay=null or take monitor.action=stop"
+        )
+    if config.value_pretrain_rollouts >= config.num_rollouts:
+        yield (
+            f"{at}value_pretrain_rollouts: {config.value_pretrain_rollouts} of num_rollouts {config.num_rollouts} "
+            f"leave none for the policy; lower it"
         )
 
 

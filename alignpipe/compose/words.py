@@ -20,7 +20,7 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "model": ("pretrained", CheckpointError),
     "data": ("file", DataError),
 }
-_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data)")
+_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data|ptx_data)")
 # Sections whose keys are the user's own: Hydra wants a sign that they are new.
 _OPEN = re.compile(r"gates(\..+)?|(.*\.)?mixture")
 _TAKES_PATH = re.compile(

@@ -22,6 +22,7 @@ from alignpipe.config import (
     Config,
     DataConfig,
     EvalConfig,
+    PPOConfig,
     RMConfig,
     RSConfig,
     StageConfig,
@@ -71,7 +72,8 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "dpo": ("rankings",),
     "eval": ("prompts",),
 }
-DEMONSTRATIONS = "demonstrations"
+# A second data set, read beside the first: what rm is centred on, what rs replays, what PPO-ptx goes on learning.
+SECOND_DATA = {"rm": "demonstrations", "rs": "demonstrations", "ppo": "ptx_data"}
 BENCHMARK = "benchmark"
 # The reward model that watches a training which another one steers; its key stands under `monitor`.
 JUDGE = "judge"
@@ -224,7 +226,7 @@ class _Resolver:
             for index, label in enumerate(config.policies):
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
-        self._add_demonstrations(node)
+        self._add_second_data(node)
         self._add_benchmark(node)
         self._add_text(node)
         self._add_templates(node)
@@ -352,26 +354,30 @@ class _Resolver:
         kinds = {self.stages[name].kind for name in self.order if names & _set_names(self.stages[name].data)}
         return {SHARE[kind] for kind in kinds if kind in SHARE}
 
-    def _add_demonstrations(self, node: Node) -> None:
-        """A stage rm is centred on demonstrations and rs replays them, where the root data has any."""
+    def _add_second_data(self, node: Node) -> None:
+        """The second data set of a stage, where the root data has one of its kind and the stage has a use for it."""
         config = node.config
-        if config.kind not in ("rm", "rs"):
+        if config.kind not in SECOND_DATA or (isinstance(config, PPOConfig) and config.ptx_coef == 0):
             return
-        demonstrations: DataConfig = getattr(config, DEMONSTRATIONS)
-        if demonstrations.path in self.stages:
+        role = SECOND_DATA[config.kind]
+        data: DataConfig = getattr(config, role)
+        if data.path in self.stages:
             return
-        source = (
-            find_mixture(demonstrations)
-            if demonstrations.mixture
-            else find_source(demonstrations.path, demonstrations)
-        )
-        if "demonstrations" in readable_types(source):
-            split = holds_world(source) or len(self._shares_reading(demonstrations) | {"sft"}) > 1
-            share = "sft" if split else "train"
-            node.data[DEMONSTRATIONS] = DataRef(source.path, demonstrations, source, share)
+        source = find_mixture(data) if data.mixture else find_source(data.path, data)
+        types = readable_types(source)
+        # Only PPO-ptx learns from raw text as well (arXiv:2203.02155, section 3.5).
+        if "demonstrations" in types or (role == "ptx_data" and "text" in types):
+            split = holds_world(source) or len(self._shares_reading(data) | {"sft"}) > 1
+            node.data[role] = DataRef(source.path, data, source, "sft" if split else "train")
+        elif isinstance(config, PPOConfig):
+            key = self._key(node.name, "ptx_data.path")
+            raise ConfigError(
+                f"{key}: {data.path} has neither demonstrations nor text; name data that has, or set "
+                f"{self._key(node.name, 'ptx_coef')}=0"
+            )
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
-            raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+            raise ConfigError(f"{key}: {data.path} has no demonstrations to replay; set {key}=0")
 
     def _add_benchmark(self, node: Node) -> None:
         """A stage rm is scored on a benchmark's file where one is named; it is read whole here, before any step."""
@@ -469,7 +475,7 @@ def _with_whole_paths(config: StageConfig) -> StageConfig:
     """A stage's configuration with the paths of its mixtures absolute: its processes may stand elsewhere."""
     found: dict[str, Any] = {
         role: find_mixture(data).config
-        for role in ("data", DEMONSTRATIONS)
+        for role in ("data", *SECOND_DATA.values())
         if (data := getattr(config, role, None)) is not None and data.mixture
     }
     return replace(config, **found)

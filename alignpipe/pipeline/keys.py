@@ -16,7 +16,7 @@ from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import JUDGE, Graph, Node
+from alignpipe.pipeline.graph import JUDGE, SECOND_DATA, TEXT_DATA, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
@@ -55,7 +55,7 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
         for role, ref in node.data.items()
     }
-    for role in ("demonstrations", "text_data"):
+    for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
     _reduce_monitor(settings, node)
     adapter = stage_adapter(config, node)

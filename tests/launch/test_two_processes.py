@@ -172,6 +172,24 @@ def test_adapters_on_two_processes_do_what_they_do_on_one(
         assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["fsdp2", "lora"])
+def test_averaged_weights_and_ptx_on_two_processes_are_those_of_one(
+    group: Group, chain: Project, adapted: Project, tmp_path: Path, kind: str
+) -> None:
+    words = ["stages.ppo.ema_decay=0.5", "stages.ppo.ptx_coef=0.5", "stages.ppo.max_update_kl=0.01"]
+    parents, own = (chain, []) if kind == "fsdp2" else (adapted, ADAPTED)
+    task = _beside(parents, tmp_path / "one").prepare("ppo", *CPU, *own, *words)
+    run_stage(task.work / TASK)
+    several = FSDP2 if kind == "fsdp2" else TWO
+    other = _run(group, _beside(parents, tmp_path / "two"), "ppo", *several, *own, *words)
+    assert _largest_difference("ppo", task.target, other.target) < 1e-5
+    mine, theirs = (_metrics(folder)[-1]["ppo/ptx_loss"] for folder in (task.target, other.target))
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    name = "model.safetensors" if kind == "fsdp2" else "adapter_model.safetensors"
+    one, two = (load_file(folder / name) for folder in (task.target, other.target))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+
+
 # Alarmed by whatever happens at the first look.
 WATCHED = [
     f"stages.ppo.monitor.{word}"
