@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, encode_prompts
+from alignpipe.data.encoding import Encoded, Example, encode_prompts
 from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
@@ -103,7 +103,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     models = _load(config, tokenizer, context)
     monitor = load_monitor(config, context, tokenizer, models.policy, lambda: models.reference, models.reward)
     modules = {**models.changing, **monitor.modules}
-    prompts, texts = _prompts(config, tokenizer, context)
+    encoded, texts = _prompts(config, tokenizer, context)
+    prompts = encoded.examples
     state = context.resume(modules, models.optimizers)
     first, ended = int(state.get("rollout", 0)), False
     control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
@@ -142,7 +143,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             context.save(step, modules, models.optimizers, values | monitor.values())
         if stopping:
             context.stop.end()
-    context.save_checkpoint(models.result(), tokenizer, "policy")
+    # What the judge went back to is handed on as it was judged, not as an average.
+    context.save_checkpoint(models.policy if monitor.went_back else models.result(), tokenizer, "policy")
     return {
         **encoded.figures,
         "reward": figures.get("objective/score"),
@@ -174,11 +176,13 @@ def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
     )
 
 
-def _prompts(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> tuple[list[list[int]], list[str]]:
+def _prompts(
+    config: PPOConfig, tokenizer: Tokenizer, context: Context
+) -> tuple[Encoded[list[int]], list[str]]:
     """Token ids and text of every prompt that fits."""
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
-    return encoded.examples, [prompt_text(records[index]) for index in encoded.kept]
+    return encoded, [prompt_text(records[index]) for index in encoded.kept]
 
 
 def _scores(
