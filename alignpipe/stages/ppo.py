@@ -104,20 +104,23 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     monitor = load_monitor(config, context, tokenizer, models.policy, lambda: models.reference, models.reward)
     modules = {**models.changing, **monitor.modules}
     encoded, texts = _prompts(config, tokenizer, context)
-    prompts = encoded.examples
     state = context.resume(modules, models.optimizers)
     first, ended = int(state.get("rollout", 0)), False
     control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
     moments = RunningMoments(*state.get("score_moments", ()))
     reward = moments.scaling(models.reward) if config.reward_scaling == "running" else models.reward
-    order = batches(config.seed, len(prompts), config.rollout_size, start=first * config.rollout_size)
+    order = batches(
+        config.seed, len(encoded.examples), config.rollout_size, start=first * config.rollout_size
+    )
     figures: dict[str, float] = {}
     monitor.begin(state, config.num_rollouts)
     context.progress.begin("rollouts", config.num_rollouts, first)
     # The order has no end.
     for rollout, chosen in zip(range(first, config.num_rollouts), order, strict=False):
         with context.autocast():
-            examples, finished = sample_responses(models.policy, tokenizer, prompts, chosen, rollout, config)
+            examples, finished = sample_responses(
+                models.policy, tokenizer, encoded.examples, chosen, rollout, config
+            )
         scores = _scores(config, reward, examples, finished)
         experience, figures = _experience(config, context, models, tokenizer, examples, scores, control.coef)
         ended = control.spent(figures["objective/kl"])
