@@ -21,6 +21,8 @@ TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
 LATEST = "latest"
+# In rounds: the newest policy before a stage.
+NEWEST = "newest"
 FORMATS = (
     "auto",
     "alpaca",
@@ -256,10 +258,19 @@ class SweepConfig:
 
 @dataclass
 class PipelineConfig:
-    """A chain of stages, by name, in the order they run."""
+    """A chain of stages, by name, in the order they run; `compose/rounds.py` repeats those of `round`.
+
+    A pipeline without rounds says nothing of them, so the defaults of these keys stand here.
+    """
 
     name: str = plain()
     order: list[str] = plain()
+    round: list[str] = field(default_factory=list)
+    rounds: int = field(default=1, metadata={"min": 1, "max": 100})
+    start: str = BASE
+    from_round: dict[str, int] = field(default_factory=dict)
+    # Round -> stage -> keys; the round is a number in YAML and a text on the command line.
+    round_overrides: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -346,7 +357,15 @@ class RSConfig(TrainingConfig, SamplingConfig):
     reward_model: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
+    pool: list[str] = plain(in_key=False)
     num_samples: int = number(minimum=2)
+    select: str = choice("best", "top_k", "threshold", "rso")
+    top_k: int = number(minimum=1)
+    threshold: float = number()
+    rso_beta: float = number(above=0)
+    num_accepted: int = number(minimum=1)
+    min_response_length: int = number(minimum=0)
+    min_reward: float | None = number()
     replay: float = number(minimum=0, maximum=0.9)
 
 
@@ -379,6 +398,7 @@ class CollectConfig(SamplingConfig):
     """Sample several responses a prompt and have them ranked."""
 
     policy: str = plain(in_key=False)
+    previous: str | None = plain(in_key=False)
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2, maximum=9)
     judge: str = choice(TOY)
@@ -432,6 +452,13 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
     """Optimizer updates that a configuration asks for over some rows."""
     steps = max(1, math.ceil(num_rows * config.epochs / config.batch_size))
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def num_selected(config: RSConfig) -> int:
+    """Responses of a prompt that rejection sampling learns, as far as that is known before it samples."""
+    # Half of them reach the median.
+    known = {"top_k": config.top_k, "threshold": -(-config.num_samples // 2), "rso": config.num_accepted}
+    return known.get(config.select, 1)
 
 
 def num_ppo_steps(config: PPOConfig) -> int:
@@ -513,10 +540,26 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         )
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
+    if isinstance(config, RSConfig):
+        yield from _selection_relations(config, at)
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
+        )
+
+
+def _selection_relations(config: RSConfig, at: str) -> Iterator[str]:
+    wanted = {"top_k": "top_k", "rso": "num_accepted"}.get(config.select)
+    if wanted is not None and not config.pool and getattr(config, wanted) > config.num_samples:
+        yield (
+            f"{at}{wanted}: {getattr(config, wanted)} responses a prompt are to be kept, num_samples is only "
+            f"{config.num_samples}"
+        )
+    if config.min_response_length >= config.max_response_length:
+        yield (
+            f"{at}min_response_length: {config.min_response_length} must be less than max_response_length "
+            f"{config.max_response_length}"
         )
 
 

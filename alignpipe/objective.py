@@ -29,14 +29,14 @@ STAGE_FIGURES: dict[str, tuple[str, ...]] = {
     "sft": ("eval_loss",),
     "collect": ("labeler_agreement", "gold_mean", "finished"),
     "rm": ("accuracy", "gold_accuracy", "margin", "calibration_error", "eval_loss"),
-    "rs": ("eval_loss", "reward_mean", "reward_best", "without_eos"),
+    "rs": ("eval_loss", "reward_mean", "reward_best", "reward_selected", "unanswered", "length_shift"),
     "ppo": ("reward", "kl"),
     "dpo": ("eval_loss", "eval_accuracy"),
     "eval": (),
 }
 # What the training itself pushes up; ranking by it is reward hacking by hyperparameter (arXiv:2210.10760).
-PROXIES = ("reward", "reward_mean", "reward_best")
-_LOW_IS_BEST = ("loss", "kl", "gap", "error", "without_eos")
+PROXIES = ("reward", "reward_mean", "reward_best", "reward_selected")
+_LOW_IS_BEST = ("loss", "kl", "gap", "error", "unanswered", "shift")
 
 
 def check_objective(config: Config) -> None:

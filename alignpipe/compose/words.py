@@ -21,7 +21,7 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "data": ("file", DataError),
 }
 _STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
-_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|reference|reward_model|chat_template|output_dir)")
+_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|previous|reference|reward_model|chat_template|output_dir)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 

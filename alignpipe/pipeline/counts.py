@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
+from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig, num_selected
 from alignpipe.data.encoding import (
     Encoded,
     Example,
@@ -21,7 +22,7 @@ from alignpipe.data.encoding import (
 )
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, read_records, readable_types
+from alignpipe.data.sources import RANKINGS, DataSource, read_records, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 from alignpipe.pipeline.graph import WANTED, Graph, Node
@@ -171,7 +172,8 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     asked = count_rows(stage, graph, config, chat_template)
     if asked.used is None or asked.longest is None or not isinstance(stage.config, CollectConfig):
         return Rows()
-    kept = math.floor(asked.used * (1 - node.config.data.shares.eval))
+    rankings = asked.used + _carried(stage, graph, config, chat_template)
+    kept = math.floor(rankings * (1 - node.config.data.shares.eval))
     if isinstance(node.config, DPOConfig):
         kept *= math.comb(stage.config.num_samples, 2)
     more = stage.config.max_response_length
@@ -184,11 +186,25 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     )
 
 
+def _carried(stage: Node, graph: Graph, config: Config, chat_template: str) -> int:
+    """Rankings that a collect stage takes over from those before it."""
+    ref = stage.models.get("previous")
+    if ref is None:
+        return 0
+    if ref.stage is None:
+        return (Path(ref.path) / RANKINGS).read_bytes().count(b"\n")
+    before = graph.nodes[ref.stage]
+    own = count_rows(before, graph, config, chat_template).used or 0
+    return own + _carried(before, graph, config, chat_template)
+
+
 def _capped(node: Node, rows: int) -> int:
     """Rows after the stage's own limit."""
     if not isinstance(node.config, RSConfig | CollectConfig | EvalConfig):
         return rows
     limit = node.config.num_prompts
     capped = rows if limit is None else min(rows, limit)
-    # rs trains on one response a prompt and on the demonstrations it replays.
-    return round(capped / (1 - node.config.replay)) if isinstance(node.config, RSConfig) else capped
+    if isinstance(node.config, RSConfig):
+        # It trains on what it chooses and on the demonstrations it replays.
+        return round(capped * num_selected(node.config) / (1 - node.config.replay))
+    return capped
