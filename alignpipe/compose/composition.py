@@ -241,7 +241,8 @@ def checked(raw: DictConfig, overrides: list[str], choices: dict[str, str]) -> C
     # Once as the user wrote it, so that a bad value is named once, and once with what single rounds change in it.
     _check_whole(config)
     unrolled = rounds.unroll(config)
-    _check_whole(unrolled)
+    if unrolled is not config:
+        _check_whole(unrolled)
     check_objective(unrolled)
     return Composed(unrolled, OmegaConf.to_yaml(raw), overrides, choices)
 
