@@ -438,6 +438,9 @@ class Config:
     objective: str | None = plain()
     objective_direction: str = choice("auto", "maximize", "minimize")
     objective_allow_proxy: bool = plain()
+    # Read by gates.py: stage -> figure -> bound.
+    gates: dict[str, Any] = plain()
+    gate_action: str = choice("stop", "warn")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

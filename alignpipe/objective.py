@@ -48,10 +48,10 @@ def check_objective(config: Config) -> None:
     objective = config.objective
     if objective is None:
         return
-    known = list(_figures(config))
+    known = list(known_figures(config))
     name, _, figure = objective.partition(".")
     if objective not in known:
-        raise ConfigError(f"objective: {_why_not(config, name, figure, known)}")
+        raise ConfigError(f"objective: {why_no_figure(config, name, figure)}")
     if figure in PROXIES and not config.objective_allow_proxy:
         gold = f"{name}.gold.overall"
         instead = f"take {gold}" if gold in known else "take a figure that it is not trained on"
@@ -69,7 +69,7 @@ def check_searchable(config: Config, sweeper: str) -> None:
     """
     judge = _judge(config)
     if config.objective is None and (judge is None or _lacks(judge, "gold.overall") is not None):
-        known = [item for item in _figures(config) if item.partition(".")[2] not in PROXIES]
+        known = [item for item in known_figures(config) if item.partition(".")[2] not in PROXIES]
         hint = f"for example objective={known[0]}" if known else "add an eval stage to pipeline.order"
         raise ConfigError(f"hydra/sweeper={sweeper}: there is no gold score to search by; {hint}")
 
@@ -102,13 +102,14 @@ def objective_value(
     """
     policies = {} if scorecard is None else scorecard["policies"]
     if objective is None:
-        return _select(list(policies.values())[-1], "gold.overall") if policies else None
+        return read_figure(list(policies.values())[-1], "gold.overall") if policies else None
     name, _, figure = objective.partition(".")
-    found = _select(policies.get(name), figure)
-    return _select(metrics.get(name), figure) if found is None else found
+    found = read_figure(policies.get(name), figure)
+    return read_figure(metrics.get(name), figure) if found is None else found
 
 
-def _select(figures: Any, path: str) -> float | None:
+def read_figure(figures: Any, path: str) -> float | None:
+    """The number at a dotted path of nested figures, or None where there is none."""
     for part in path.split("."):
         figures = figures.get(part) if isinstance(figures, Mapping) else None
     return float(figures) if isinstance(figures, int | float) else None
@@ -142,8 +143,8 @@ def _lacks(judge: EvalConfig, figure: str) -> str | None:
     return None
 
 
-def _figures(config: Config) -> Iterator[str]:
-    """Every objective that this configuration can have."""
+def known_figures(config: Config) -> Iterator[str]:
+    """Every `STAGE.FIGURE` that a run of this configuration ends with."""
     judge = _judge(config)
     if judge is not None:
         for policy in judge.policies:
@@ -152,8 +153,9 @@ def _figures(config: Config) -> Iterator[str]:
         yield from (f"{name}.{figure}" for figure in STAGE_FIGURES[stage.kind])
 
 
-def _why_not(config: Config, name: str, figure: str, known: list[str]) -> str:
-    judge = _judge(config)
+def why_no_figure(config: Config, name: str, figure: str) -> str:
+    """Why a run of this configuration has no such figure, and which it has instead."""
+    judge, known = _judge(config), list(known_figures(config))
     names = sorted({item.partition(".")[0] for item in known} | set(_stages(config)))
     if name not in names:
         near = nearest(name, names)

@@ -27,6 +27,7 @@ from alignpipe.compose.guards import check_values, check_words, hide_secrets
 from alignpipe.compose.strict import check_keys, own_problems
 from alignpipe.config import Config, problems, register
 from alignpipe.errors import ConfigError
+from alignpipe.gates import find_gates
 from alignpipe.objective import check_objective
 
 TASK_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError, RecursionError)
@@ -244,6 +245,7 @@ def checked(raw: DictConfig, overrides: list[str], choices: dict[str, str]) -> C
     if unrolled is not config:
         _check_whole(unrolled)
     check_objective(unrolled)
+    find_gates(unrolled)
     return Composed(unrolled, OmegaConf.to_yaml(raw), overrides, choices)
 
 

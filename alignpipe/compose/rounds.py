@@ -60,9 +60,6 @@ def rewrite_rounds(words: list[str], repeated: Callable[[], list[str]]) -> list[
     for word, match in zip(words, found, strict=True):
         if match is not None and match[1] in names:
             rewritten.append(f"++{_OVERRIDES}.{match[2]}.{match[1]}.{match[3]}")
-        elif word.lstrip("+").startswith(f"{_OVERRIDES}."):
-            # Hydra adds a key to a table only when told so.
-            rewritten.append(f"++{word.lstrip('+')}")
         else:
             rewritten.append(word)
     return rewritten
@@ -102,7 +99,12 @@ def unroll(config: Config) -> Config:
                 own = _overridden(own, copy.name, overrides.get(copy.round, {}).get(copy.stage, {}))
                 names = _Names(pipeline.start, kinds, copies[:index])
                 stages[copy.name] = names.resolved(own, f"stages.{copy.name}")
-    return replace(config, stages=stages, pipeline=replace(pipeline, order=order))
+    gates = {
+        each: section
+        for name, section in config.gates.items()
+        for each in ([copy.name for copy in copies if copy.stage == name] or [name])
+    }
+    return replace(config, stages=stages, pipeline=replace(pipeline, order=order), gates=gates)
 
 
 def _copies(pipeline: PipelineConfig, stages: Mapping[str, StageConfig]) -> list[_Copy]:
