@@ -21,8 +21,22 @@ POLICY_FIGURES: dict[str, str | None] = {
     "prejudice.reward_gap": "reward_model",
     "reward": "reward_model",
     "kl": "reference",
+    "kl_per_token": "reference",
+    "best_of_n": "reference",
+    "win_rate.gold": "judge",
+    "win_rate.reward": "reward_model",
+    "length_controlled_win_rate.gold": "judge",
+    "length_controlled_win_rate.reward": "reward_model",
+    "perplexity": None,
     "length": None,
+    "words": None,
     "finished": None,
+    "refusal": None,
+    "repetition": None,
+    "seq_rep_4": None,
+    "distinct_1": None,
+    "distinct_2": None,
+    "expectation_adjusted_distinct": None,
 }
 # Metrics that a stage ends with, by kind.
 STAGE_FIGURES: dict[str, tuple[str, ...]] = {
@@ -35,8 +49,27 @@ STAGE_FIGURES: dict[str, tuple[str, ...]] = {
     "eval": (),
 }
 # What the training itself pushes up; ranking by it is reward hacking by hyperparameter (arXiv:2210.10760).
-PROXIES = ("reward", "reward_mean", "reward_best", "reward_selected")
-_LOW_IS_BEST = ("loss", "kl", "gap", "error", "unanswered", "shift")
+PROXIES = (
+    "reward",
+    "reward_mean",
+    "reward_best",
+    "reward_selected",
+    "win_rate.reward",
+    "length_controlled_win_rate.reward",
+)
+_LOW_IS_BEST = (
+    "loss",
+    "kl",
+    "kl_per_token",
+    "best_of_n",
+    "gap",
+    "error",
+    "unanswered",
+    "shift",
+    "perplexity",
+    "repetition",
+    "seq_rep_4",
+)
 
 
 def check_objective(config: Config) -> None:
@@ -132,7 +165,11 @@ def _judge(config: Config) -> EvalConfig | None:
 def _lacks(judge: EvalConfig, figure: str) -> str | None:
     """What an eval stage lacks for a figure: a word that would give it, or None."""
     need = POLICY_FIGURES[figure]
-    if figure.startswith(("gold", "prejudice")) and (
+    if "win_rate" in figure and judge.win_rate_against is None:
+        return "a win_rate_against in the eval stage"
+    if figure == "perplexity" and judge.text_rows == 0:
+        return "text_rows above 0 in the eval stage"
+    if (need == "judge" or figure.startswith("prejudice")) and (
         judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
     ):
         return "data=toy, since the gold judge knows the embedded world alone"

@@ -20,10 +20,12 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "model": ("pretrained", CheckpointError),
     "data": ("file", DataError),
 }
-_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
+_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data)")
 # Sections whose keys are the user's own: Hydra wants a sign that they are new.
 _OPEN = re.compile(r"(gates|pipeline\.(from_round|round_overrides))(\..+)?")
-_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|previous|reference|reward_model|chat_template|output_dir)")
+_TAKES_PATH = re.compile(
+    r"(.*\.)?(path|policy|previous|reference|reward_model|win_rate_against|templates|chat_template|output_dir)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 

@@ -12,9 +12,24 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from alignpipe.artifact import POLICY_KINDS
-from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
+from alignpipe.config import (
+    BASE,
+    JUDGES,
+    LATEST,
+    TINY,
+    TOY,
+    Config,
+    DataConfig,
+    EvalConfig,
+    RMConfig,
+    RSConfig,
+    StageConfig,
+    StageMonitorConfig,
+)
+from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
+from alignpipe.data.reward_bench import read_reward_bench
 from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.hub import model_folder, resolve_revision
@@ -36,7 +51,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "rs": ("policy", "reward_model"),
     "ppo": ("policy", "reference", "reward_model"),
     "dpo": ("policy", "reference"),
-    "eval": ("reference", "reward_model"),
+    "eval": ("reference", "reward_model", "win_rate_against"),
 }
 # Key that lists several inputs, by kind -> their role.
 LISTS = {"eval": ("policies", "policy"), "rs": ("pool", "pool")}
@@ -60,6 +75,12 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
+BENCHMARK = "benchmark"
+# The reward model that watches a training which another one steers; its key stands under `monitor`.
+JUDGE = "judge"
+SCALAR_ROLES = ("reward_model", JUDGE)
+TEXT_DATA = "text_data"
+TEMPLATES = "templates"
 
 
 @dataclass
@@ -213,14 +234,18 @@ class _Resolver:
                 node.models[f"{role}_{index}"] = self._model(name, several, label)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
         self._add_demonstrations(node)
+        self._add_benchmark(node)
+        self._add_text(node)
+        self._add_templates(node)
         self._check_judge(node)
+        self._add_monitor(node)
         return node
 
     def _key(self, stage: str, key: str) -> str:
         return f"stage.{key}" if self.alone else f"stages.{stage}.{key}"
 
     def _model(self, stage: str, role: str, label: str) -> ModelRef:
-        key = self._key(stage, role)
+        key = self._key(stage, "monitor.judge" if role == JUDGE else role)
         if label == MISSING:
             raise ConfigError(f"{key}: is not given; {self._offer(role)}")
         if label == BASE:
@@ -235,7 +260,11 @@ class _Resolver:
         elif is_hub_id(label):
             ref = ModelRef(label, label, resolve_revision(label, None))
         else:
-            known = [BASE, *self.stages, *(f"{LATEST}/{name}" for name in newest_stages(self.store))]
+            known = [
+                *(JUDGES if role == JUDGE else (BASE,)),
+                *self.stages,
+                *(f"{LATEST}/{name}" for name in newest_stages(self.store)),
+            ]
             raise ConfigError(
                 f"{key}: {label!r} is no stage, run, folder or hub id. {did_you_mean(label, known)}"
             )
@@ -269,20 +298,19 @@ class _Resolver:
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
         if role in ROWS:
             return _of_rows(ref, role, key)
-        wanted = ("rm",) if role == "reward_model" else POLICY_KINDS
+        wanted = ("rm",) if role in SCALAR_ROLES else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
             raised = ConfigError if ref.stage is not None else CheckpointError
-            need = (
-                "a reward model (rm)" if role == "reward_model" else f"a policy ({', '.join(POLICY_KINDS)})"
-            )
+            need = "a reward model (rm)" if role in SCALAR_ROLES else f"a policy ({', '.join(POLICY_KINDS)})"
             raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
         if ref.kind is None and ref.stage is None and ref.path != TINY:
             scalar = is_scalar(model_folder(ref.path, ref.revision))
-            if scalar != (role == "reward_model"):
+            if scalar != (role in SCALAR_ROLES):
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
                 )
-                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {role.replace('_', ' ')}")
+                wanted_model = "reward model" if role in SCALAR_ROLES else "policy"
+                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {wanted_model}")
         return ref
 
     def _offer(self, role: str) -> str:
@@ -349,6 +377,55 @@ class _Resolver:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
 
+    def _add_benchmark(self, node: Node) -> None:
+        """A stage rm is scored on a benchmark's file where one is named; it is read whole here, before any step."""
+        config = node.config
+        if not isinstance(config, RMConfig):
+            return
+        if config.margin == "column" and node.data["data"].stage is not None:
+            raise ConfigError(
+                f"{self._key(node.name, 'margin')}: collect ranks and gives no column of margins; take rank or gold"
+            )
+        if config.benchmark is not None:
+            source = find_source(config.benchmark, config.data)
+            if source.kind != "file" or Path(source.path).is_dir():
+                key = self._key(node.name, "benchmark")
+                raise ConfigError(
+                    f"{key}: {config.benchmark} is no file; download it, and give the .jsonl or .parquet"
+                )
+            read_reward_bench(Path(source.path))
+            node.data[BENCHMARK] = DataRef(config.benchmark, config.data, source, "all")
+
+    def _add_text(self, node: Node) -> None:
+        """An eval measures perplexity on held-out demonstrations or documents, where there are any."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.text_rows == 0:
+            return
+        text = config.text_data
+        source = find_source(text.path, text)
+        if set(WANTED["sft"]) & readable_types(source):
+            node.data[TEXT_DATA] = DataRef(text.path, text, source, "eval")
+        elif text.path != self.config.data.path:
+            key = self._key(node.name, f"{TEXT_DATA}.path")
+            raise DataError(
+                f"{key}: {text.path} holds neither demonstrations nor texts to measure perplexity on"
+            )
+
+    def _add_templates(self, node: Node) -> None:
+        """A file of templates is read whole before anything runs."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.prejudice.templates is None:
+            return
+        name = config.prejudice.templates
+        source = find_source(name, config.data)
+        if source.kind != "file":
+            key = self._key(node.name, "prejudice.templates")
+            raise DataError(
+                f"{key}: {name} is no file; give a .jsonl file of rows with a prompt that holds {{group}}"
+            )
+        read_templates(Path(source.path), config.prejudice.groups)
+        node.data[TEMPLATES] = DataRef(name, config.data, source, "all")
+
     def _check_judge(self, node: Node) -> None:
         """The gold judge knows the embedded world alone."""
         judge = getattr(node.config, "judge", None)
@@ -361,6 +438,32 @@ class _Resolver:
                 else f"set {key}=auto"
             )
             raise ConfigError(f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; {mend}")
+
+    def _add_monitor(self, node: Node) -> None:
+        """A judge by name is one more model of the stage; what is trained on cannot be its own judge."""
+        config: StageMonitorConfig | None = getattr(node.config, "monitor", None)
+        if config is None or config.action == "none":
+            return
+        source, key = node.data["data"].source, self._key(node.name, "monitor.judge")
+        # A collect stage samples responses to prompts of the embedded world.
+        toy = source is None or source.kind in (TOY, "collect")
+        if config.judge not in JUDGES:
+            judge = node.models[JUDGE] = self._model(node.name, JUDGE, config.judge)
+            trained_on = node.models.get("reward_model")
+            if trained_on is not None and (judge.stage, judge.path) == (trained_on.stage, trained_on.path):
+                raise ConfigError(
+                    f"{key}: {config.judge} is what {node.name} is trained on, and rises with it; "
+                    f"name a reward model that learnt from other labels"
+                )
+        elif config.judge == TOY and not toy:
+            raise ConfigError(
+                f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; name a reward model instead"
+            )
+        elif config.action == "restore" and not toy:
+            raise ConfigError(
+                f"{key}: {config.judge} is nobody here, and restore goes back to what a judge liked best; "
+                f"name a reward model that learnt from other labels, or set monitor.action=stop"
+            )
 
 
 def _of_rows(ref: ModelRef, role: str, key: str) -> ModelRef:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.config import RSConfig
@@ -29,6 +30,7 @@ from alignpipe.evaluation.candidates import (
     refusals,
     write_candidates,
 )
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import RewardModel, load_reward_model
 from alignpipe.losses.best_of_n import best_of_n_able
@@ -109,9 +111,18 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     def evaluate() -> dict[str, float]:
         return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
-    after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
+    def start() -> PreTrainedModel:
+        return context.load_policy("policy", tokenizer, frozen=True)
+
+    monitor = load_monitor(config, context, tokenizer, policy, start, reward_model)
+    after = fit(policy, best + replayed, loss_fn, config, context, evaluate, monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
-    return {"rows": len(best) + len(replayed), "eval_loss": after.get("loss"), **figures}
+    return {
+        "rows": len(best) + len(replayed),
+        "eval_loss": after.get("loss"),
+        **figures,
+        **monitor.summary(),
+    }
 
 
 def _pool(
