@@ -23,6 +23,8 @@ TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
 LATEST = "latest"
+# In rounds: the newest policy before a stage.
+NEWEST = "newest"
 FORMATS = (
     "auto",
     "alpaca",
@@ -278,10 +280,19 @@ class SweepConfig:
 
 @dataclass
 class PipelineConfig:
-    """A chain of stages, by name, in the order they run."""
+    """A chain of stages, by name, in the order they run; `compose/rounds.py` repeats those of `round`.
+
+    A pipeline without rounds says nothing of them, so the defaults of these keys stand here.
+    """
 
     name: str = plain()
     order: list[str] = plain()
+    round: list[str] = field(default_factory=list)
+    rounds: int = field(default=1, metadata={"min": 1, "max": 100})
+    start: str = BASE
+    from_round: dict[str, int] = field(default_factory=dict)
+    # Round -> stage -> keys; the round is a number in YAML and a text on the command line.
+    round_overrides: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -441,7 +452,15 @@ class RSConfig(TrainingConfig, SamplingConfig):
     reward_model: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
+    pool: list[str] = plain(in_key=False)
     num_samples: int = number(minimum=2)
+    select: str = choice("best", "top_k", "threshold", "rso")
+    top_k: int = number(minimum=1)
+    threshold: float = number()
+    rso_beta: float = number(above=0)
+    num_accepted: int = number(minimum=1)
+    min_response_length: int = number(minimum=0)
+    min_reward: float | None = number()
     replay: float = number(minimum=0, maximum=0.9)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
@@ -502,6 +521,7 @@ class CollectConfig(SamplingConfig):
     """Sample several responses a prompt and have them ranked."""
 
     policy: str = plain(in_key=False)
+    previous: str | None = plain(in_key=False)
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2, maximum=9)
     judge: str = choice(TOY)
@@ -574,6 +594,13 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
     """Optimizer updates that a configuration asks for over some rows."""
     steps = max(1, math.ceil(num_rows * config.epochs / config.batch_size))
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def num_selected(config: RSConfig) -> int:
+    """Responses of a prompt that rejection sampling learns, as far as that is known before it samples."""
+    # Half of them reach the median.
+    known = {"top_k": config.top_k, "threshold": -(-config.num_samples // 2), "rso": config.num_accepted}
+    return known.get(config.select, 1)
 
 
 def num_ppo_steps(config: PPOConfig) -> int:
@@ -655,6 +682,8 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         yield from _launch_relations(config, at)
     if isinstance(config, RMConfig):
         yield from _rm_relations(config, at)
+    if isinstance(config, RSConfig):
+        yield from _rs_relations(config, at)
     if isinstance(config, PPOConfig):
         yield from _ppo_relations(config, at)
 
@@ -729,6 +758,20 @@ def _selection_relations(config: SelectionConfig, at: str) -> Iterator[str]:
         yield f"{at}keep: {config.keep:g} of the rows, chosen by what? Set {at}method or {at}diversity"
     if (config.min_tokens or 0) > (config.max_tokens or math.inf):
         yield f"{at}min_tokens: {config.min_tokens} is more than max_tokens {config.max_tokens}"
+
+
+def _rs_relations(config: RSConfig, at: str) -> Iterator[str]:
+    wanted = {"top_k": "top_k", "rso": "num_accepted"}.get(config.select)
+    if wanted is not None and not config.pool and getattr(config, wanted) > config.num_samples:
+        yield (
+            f"{at}{wanted}: {getattr(config, wanted)} responses a prompt are to be kept, num_samples is only "
+            f"{config.num_samples}"
+        )
+    if config.min_response_length >= config.max_response_length:
+        yield (
+            f"{at}min_response_length: {config.min_response_length} must be less than max_response_length "
+            f"{config.max_response_length}"
+        )
 
 
 def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:

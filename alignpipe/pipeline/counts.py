@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from alignpipe.config import (
@@ -20,6 +21,7 @@ from alignpipe.config import (
     RSConfig,
     SelectionConfig,
     SFTConfig,
+    num_selected,
 )
 from alignpipe.data.encoding import (
     Encoded,
@@ -34,7 +36,7 @@ from alignpipe.data.margins import check_margins
 from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.selection import refusals
-from alignpipe.data.sources import MIXTURE, DataSource, read_parts, readable_types
+from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import WANTED, Graph, Node
@@ -240,7 +242,8 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     asked = count_rows(stage, graph, config, chat_template)
     if asked.used is None or asked.longest is None or not isinstance(stage.config, CollectConfig):
         return Rows()
-    kept = math.floor(asked.used * (1 - node.config.data.shares.eval))
+    rankings = asked.used + _carried(stage, graph, config, chat_template)
+    kept = math.floor(rankings * (1 - node.config.data.shares.eval))
     if isinstance(node.config, DPOConfig):
         kept *= math.comb(stage.config.num_samples, 2)
     more = stage.config.max_response_length
@@ -253,11 +256,25 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     )
 
 
+def _carried(stage: Node, graph: Graph, config: Config, chat_template: str) -> int:
+    """Rankings that a collect stage takes over from those before it."""
+    ref = stage.models.get("previous")
+    if ref is None:
+        return 0
+    if ref.stage is None:
+        return (Path(ref.path) / RANKINGS).read_bytes().count(b"\n")
+    before = graph.nodes[ref.stage]
+    own = count_rows(before, graph, config, chat_template).used or 0
+    return own + _carried(before, graph, config, chat_template)
+
+
 def _capped(node: Node, rows: int) -> int:
     """Rows after the stage's own limit."""
     if not isinstance(node.config, RSConfig | CollectConfig | EvalConfig):
         return rows
     limit = node.config.num_prompts
     capped = rows if limit is None else min(rows, limit)
-    # rs trains on one response a prompt and on the demonstrations it replays.
-    return round(capped / (1 - node.config.replay)) if isinstance(node.config, RSConfig) else capped
+    if isinstance(node.config, RSConfig):
+        # It trains on what it chooses and on the demonstrations it replays.
+        return round(capped * num_selected(node.config) / (1 - node.config.replay))
+    return capped

@@ -21,6 +21,7 @@ from alignpipe.config import (
     RSConfig,
     SamplingConfig,
     StageConfig,
+    num_selected,
 )
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.pipeline.accelerators import UTILISATION, Machine
@@ -97,7 +98,7 @@ def shapes(node: Node, graph: Graph, config: Config) -> tuple[dict[str, Architec
     """The shape of every model of a stage by role, and a sentence for each that is not known exactly."""
     found: dict[str, Architecture] = {}
     notes: list[str] = []
-    for role, ref in node.models.items():
+    for role, ref in node.opened.items():
         shape, note = _shape(ref, graph, config)
         notes += [note] if note else []
         if shape is not None:
@@ -126,7 +127,7 @@ def estimate(
 ) -> Estimate | None:
     """What a stage will take; None where the shape of one of its models is not known."""
     if (
-        any(role not in models for role in node.models if not role.startswith("policy_"))
+        any(role not in models for role in node.opened if not role.startswith("policy_"))
         or "policy" not in models
     ):
         return None
@@ -190,7 +191,7 @@ def _learning_effort(
         scored = used * 2 / max(1, rows.responses - 1)
         return _read(shape, 2 * items * mean, mean, passes) + _read(shape, scored * mean, mean, 1)
     if isinstance(config, RSConfig):
-        prompts, total = used * (1 - config.replay), mean + config.max_response_length
+        prompts, total = used * (1 - config.replay) / num_selected(config), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
         scored = prompts * config.num_samples * total
         return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)

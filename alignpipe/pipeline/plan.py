@@ -28,7 +28,7 @@ from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import Graph, Node, build_graph
+from alignpipe.pipeline.graph import LISTS, Graph, Node, build_graph
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.launch import num_processes
@@ -259,9 +259,10 @@ def _row(
         if manifest
         else checkpointformat_bytes(node, models)
     )
-    reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith("policy_")]
-    policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
-    reads += [f"policies={','.join(policies)}"] if policies else []
+    several, listed = LISTS.get(node.kind, ("", " "))
+    lists = [ref.name for role, ref in node.models.items() if role.startswith(f"{listed}_")]
+    reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith(f"{listed}_")]
+    reads += [f"{several}={','.join(lists)}"] if lists else []
     reads += [
         f"{role}={'+'.join(Path(name).name for name in ref.name.split(' + '))}"
         for role, ref in node.data.items()

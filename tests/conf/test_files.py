@@ -19,6 +19,13 @@ PIPELINES = {
     "instructgpt_style": ["sft", "collect", "rm", "ppo", "eval"],
     "zephyr_style": ["sft", "collect", "dpo", "eval"],
     "from_scratch": ["pretrain", "sft", "collect", "rm", "rs", "ppo", "eval"],
+    "llama2_rounds": [
+        "sft",
+        *(f"{kind}_{number}" for number in range(1, 6) for kind in ("collect", "rm", "rs")),
+        "ppo_5",
+        "eval",
+    ],
+    "online_dpo": ["sft", *(f"{kind}_{n}" for n in (1, 2, 3) for kind in ("collect", "dpo")), "eval"],
 }
 
 
