@@ -29,10 +29,28 @@ FORMATS = (
     "prompt_completion",
     "preference",
     "ranked",
+    "unpaired",
     "prompts",
     "text",
 )
 SHARES = ("sft", "preference", "rl", "eval")
+# Loss of dpo -> the keys that it reads, as losses/dpo.py takes them.
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("beta",),
+    "conservative": ("beta", "label_smoothing"),
+    "robust": ("beta", "label_smoothing"),
+    "hinge": ("beta",),
+    "ipo": ("beta",),
+    "sigmoid_norm": ("beta",),
+    "apo_zero": ("beta",),
+    "simpo": ("beta", "gamma_beta_ratio"),
+    "orpo": ("beta",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+}
+# Those that compare the policy with nothing but itself.
+REFERENCE_FREE = ("simpo", "orpo")
+# Those that learn from single responses, each good or bad, rather than from pairs.
+UNPAIRED = ("kto",)
 # Their figures stand in pipeline/accelerators.py.
 ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
@@ -68,6 +86,7 @@ class ColumnsConfig:
     rejected: str | None = plain()
     responses: str | None = plain()
     ranks: str | None = plain()
+    label: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -330,11 +349,22 @@ class RMConfig(TrainingConfig):
 
 @dataclass
 class DPOConfig(TrainingConfig, SamplingConfig):
-    """Direct preference optimization."""
+    """Direct preference optimization and its kin."""
 
     policy: str = plain(in_key=False)
-    reference: str = plain(in_key=False)
-    beta: float = number(above=0)
+    # Read by every loss but those of REFERENCE_FREE.
+    reference: str | None = plain(in_key=False)
+    loss: str = choice(*PREFERENCE_LOSSES)
+    # Each of these is null where the loss does not read it.
+    beta: float | None = number(above=0)
+    label_smoothing: float | None = number(minimum=0, maximum=0.49)
+    gamma_beta_ratio: float | None = number(minimum=0)
+    desirable_weight: float | None = number(above=0)
+    undesirable_weight: float | None = number(above=0)
+    # Loss -> what conf/stage/dpo.yaml gives the five keys above.
+    usual: dict[str, Any] = plain(in_key=False)
+    sft_coef: float = number(minimum=0)
+    pairs: str = choice("all", "best_worst")
     num_samples: int = number(minimum=0)
 
 
@@ -513,11 +543,29 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         )
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
+    if isinstance(config, DPOConfig):
+        yield from _loss_relations(config, at)
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
         )
+
+
+def _loss_relations(config: DPOConfig, at: str) -> Iterator[str]:
+    if config.loss not in PREFERENCE_LOSSES:
+        return
+    reads = PREFERENCE_LOSSES[config.loss]
+    for key in dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys):
+        given = getattr(config, key) is not None
+        if given and key not in reads:
+            readers = " or ".join(f"loss={loss}" for loss, keys in PREFERENCE_LOSSES.items() if key in keys)
+            yield f"{at}{key}: loss={config.loss} does not read it; leave it out, or take {readers}"
+        if not given and key in reads:
+            yield f"{at}{key}: loss={config.loss} needs it; give a number, or leave the key out for the usual one"
+    if config.reference is None and config.loss not in REFERENCE_FREE:
+        free = " or ".join(f"loss={loss}" for loss in REFERENCE_FREE)
+        yield f"{at}reference: loss={config.loss} needs one; name a policy, or take {free}"
 
 
 def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:

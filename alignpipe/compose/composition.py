@@ -225,6 +225,8 @@ def checked(raw: DictConfig, overrides: list[str], choices: dict[str, str]) -> C
             "the first file composed must begin with `defaults: [schema/config@_here_, ..., _self_]`"
         )
     check_keys(raw, overrides, groups())
+    # From here on `oc.select` may look for a key that is not there.
+    OmegaConf.set_struct(raw, False)
     config: Any = OmegaConf.to_object(raw)
     _check_whole(config)
     return Composed(config, OmegaConf.to_yaml(raw), overrides, choices)

@@ -221,7 +221,7 @@ def readable_types(source: DataSource) -> frozenset[RecordType]:
     Raises:
         DataError: As in `layout_of`.
     """
-    return frozenset(RECORD_TYPES) if source.kind == "toy" else TYPES[layout_of(source).format]
+    return frozenset(RECORD_TYPES) - {"unpaired"} if source.kind == "toy" else TYPES[layout_of(source).format]
 
 
 def read_records(source: DataSource, want: RecordType) -> RecordSet:

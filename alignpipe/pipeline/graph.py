@@ -12,7 +12,20 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from alignpipe.artifact import POLICY_KINDS
-from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
+from alignpipe.config import (
+    BASE,
+    LATEST,
+    REFERENCE_FREE,
+    TINY,
+    TOY,
+    UNPAIRED,
+    Config,
+    DataConfig,
+    DPOConfig,
+    EvalConfig,
+    RSConfig,
+    StageConfig,
+)
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.sources import DataSource, find_source, readable_types
@@ -56,6 +69,20 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
+
+
+def roles(config: StageConfig) -> tuple[str, ...]:
+    """The models that a stage reads; a loss without a reference opens none."""
+    if isinstance(config, DPOConfig) and config.loss in REFERENCE_FREE:
+        return ("policy",)
+    return ROLES[config.kind]
+
+
+def wanted(config: StageConfig) -> tuple[RecordType, ...]:
+    """The types of record that a stage reads, the one it wants first before the others."""
+    if isinstance(config, DPOConfig) and config.loss in UNPAIRED:
+        return (*WANTED[config.kind], "unpaired")
+    return WANTED[config.kind]
 
 
 @dataclass
@@ -192,7 +219,7 @@ class _Resolver:
     def _node(self, name: str, *, in_order: bool) -> Node:
         config = self.stages[name]
         node = Node(name, config, in_order=in_order)
-        for role in ROLES[config.kind]:
+        for role in roles(config):
             label = getattr(config, role)
             if label is not None:
                 node.models[role] = self._model(name, role, label)
@@ -201,7 +228,7 @@ class _Resolver:
                 raise ConfigError(f"{self._key(name, 'policies')}: is empty; name at least one policy")
             for index, label in enumerate(config.policies):
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
-        node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
+        node.data["data"] = self._data(name, "data", config.data, wanted(config))
         self._add_demonstrations(node)
         self._check_judge(node)
         return node

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.artifact import remove_tree
 from alignpipe.config import SHARDED, DataConfig
-from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
+from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text, Unpaired
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
@@ -39,10 +39,11 @@ REJECTED = "rejected.jsonl"
 RECORD_TYPE: dict[type[Record], RecordType] = {
     Demonstration: "demonstrations",
     Ranking: "rankings",
+    Unpaired: "unpaired",
     Prompt: "prompts",
     Text: "text",
 }
-AnyRecord = TypeVar("AnyRecord", Demonstration, Ranking, Prompt, Text)
+AnyRecord = TypeVar("AnyRecord", Demonstration, Ranking, Unpaired, Prompt, Text)
 
 
 @dataclass
