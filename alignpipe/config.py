@@ -415,14 +415,29 @@ class CollectConfig(SamplingConfig):
 
 
 @dataclass
+class PrejudiceConfig:
+    """Questions in which the name of a group is swapped."""
+
+    templates: str | None = plain(in_key=False)
+    groups: list[str] = plain()
+
+
+@dataclass
 class EvalConfig(SamplingConfig):
     """Score several policies on the same held-out prompts."""
 
     policies: list[str] = plain(in_key=False)
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
+    win_rate_against: str | None = plain(in_key=False)
     judge: str = choice("auto", TOY, "none")
     num_prompts: int = number(minimum=1)
+    num_samples: int = number(minimum=1)
+    # What perplexity is measured on.
+    text_data: DataConfig = field(default_factory=_root_data)
+    text_rows: int = number(minimum=0)
+    max_length: int = number(minimum=2)
+    prejudice: PrejudiceConfig = field(default_factory=PrejudiceConfig)
 
 
 KINDS: dict[str, type[StageConfig]] = {
@@ -448,6 +463,9 @@ class Config:
     objective: str | None = plain()
     objective_direction: str = choice("auto", "maximize", "minimize")
     objective_allow_proxy: bool = plain()
+    # Read by gates.py: stage -> figure -> bound.
+    gates: dict[str, Any] = plain()
+    gate_action: str = choice("stop", "warn")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

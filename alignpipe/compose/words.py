@@ -20,8 +20,12 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "model": ("pretrained", CheckpointError),
     "data": ("file", DataError),
 }
-_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
-_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|reference|reward_model|chat_template|output_dir)")
+_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data)")
+# Sections whose keys are the user's own: Hydra wants a sign that they are new.
+_OPEN = re.compile(r"gates(\..+)?")
+_TAKES_PATH = re.compile(
+    r"(.*\.)?(path|policy|reference|reward_model|win_rate_against|templates|chat_template|output_dir)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 
@@ -46,6 +50,9 @@ def rewrite(words: Iterable[str], options: Callable[[str], list[str]], *, multir
             rewritten += _group_words(key, value, options(key), multirun)
         elif equals and _STAGE_DATA.fullmatch(key):
             rewritten.append(_stage_data_word(key, value, multirun))
+        elif equals and _OPEN.fullmatch(key):
+            # A bound such as >=0.7 is not of Hydra's grammar without quotes.
+            rewritten.append(f"++{word}" if parse(word) else f"++{key}={quote(value)}")
         elif equals and _TAKES_PATH.fullmatch(key.lstrip("+")) and parse(word) is None:
             rewritten.append(f"{key}={quote(value)}")
         else:

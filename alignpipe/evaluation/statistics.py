@@ -1,9 +1,20 @@
 """Intervals by bootstrap (Efron 1979): over the prompts, and paired where two policies answered the same ones."""
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
+
+
+class Figure(NamedTuple):
+    """A measured value with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def mean_interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -19,6 +30,34 @@ def paired_interval(
     Prompts are drawn with replacement, each with its own difference, so what the two share cancels.
     """
     differences = after - before
-    draws = np.random.default_rng(seed).integers(0, len(differences), (NUM_RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
+    return interval(differences[resamples(len(differences), seed)].mean(axis=1))
+
+
+def mean_figure(values: NDArray[np.float64]) -> Figure:
+    """The mean of `values` (N,), one a prompt, with its interval."""
+    return Figure(float(values.mean()), *mean_interval(values))
+
+
+def ratio_figure(numerators: NDArray[np.float64], denominators: NDArray[np.float64], seed: int = 0) -> Figure:
+    """sum(numerators) / sum(denominators), both (N,), with the interval over draws of whole prompts.
+
+    So a rate per token weighs each token alike, and a prompt comes into a draw with all of its tokens.
+    """
+    draws = resamples(len(numerators), seed)
+    ratios = numerators[draws].sum(axis=1) / denominators[draws].sum(axis=1)
+    return Figure(float(numerators.sum() / denominators.sum()), *interval(ratios))
+
+
+@lru_cache(maxsize=4)
+def resamples(count: int, seed: int = 0) -> NDArray[np.int64]:
+    """Indices (`NUM_RESAMPLES`, count) of prompts drawn with replacement."""
+    draws = np.random.default_rng(seed).integers(0, count, (NUM_RESAMPLES, count))
+    # Callers share one array.
+    draws.setflags(write=False)
+    return draws
+
+
+def interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """The 2.5th and the 97.5th percentile of a statistic over draws (R,)."""
+    low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)

@@ -26,6 +26,7 @@ from alignpipe.config import (
     RSConfig,
     StageConfig,
 )
+from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.sources import DataSource, find_source, readable_types
@@ -49,7 +50,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "rs": ("policy", "reward_model"),
     "ppo": ("policy", "reference", "reward_model"),
     "dpo": ("policy", "reference"),
-    "eval": ("reference", "reward_model"),
+    "eval": ("reference", "reward_model", "win_rate_against"),
 }
 SHARE = {
     "sft": "sft",
@@ -69,6 +70,8 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
+TEXT_DATA = "text_data"
+TEMPLATES = "templates"
 
 
 def roles(config: StageConfig) -> tuple[str, ...]:
@@ -230,6 +233,8 @@ class _Resolver:
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
         node.data["data"] = self._data(name, "data", config.data, wanted(config))
         self._add_demonstrations(node)
+        self._add_text(node)
+        self._add_templates(node)
         self._check_judge(node)
         return node
 
@@ -297,7 +302,8 @@ class _Resolver:
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
                 )
-                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {role.replace('_', ' ')}")
+                wanted_model = "reward model" if role == "reward_model" else "policy"
+                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {wanted_model}")
         return ref
 
     def _offer(self, role: str) -> str:
@@ -363,6 +369,36 @@ class _Resolver:
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+
+    def _add_text(self, node: Node) -> None:
+        """An eval measures perplexity on held-out demonstrations or documents, where there are any."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.text_rows == 0:
+            return
+        text = config.text_data
+        source = find_source(text.path, text)
+        if set(WANTED["sft"]) & readable_types(source):
+            node.data[TEXT_DATA] = DataRef(text.path, text, source, "eval")
+        elif text.path != self.config.data.path:
+            key = self._key(node.name, f"{TEXT_DATA}.path")
+            raise DataError(
+                f"{key}: {text.path} holds neither demonstrations nor texts to measure perplexity on"
+            )
+
+    def _add_templates(self, node: Node) -> None:
+        """A file of templates is read whole before anything runs."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.prejudice.templates is None:
+            return
+        name = config.prejudice.templates
+        source = find_source(name, config.data)
+        if source.kind != "file":
+            key = self._key(node.name, "prejudice.templates")
+            raise DataError(
+                f"{key}: {name} is no file; give a .jsonl file of rows with a prompt that holds {{group}}"
+            )
+        read_templates(Path(source.path), config.prejudice.groups)
+        node.data[TEMPLATES] = DataRef(name, config.data, source, "all")
 
     def _check_judge(self, node: Node) -> None:
         """The gold judge knows the embedded world alone."""

@@ -21,7 +21,7 @@ from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
-VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 1}
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 2}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
 # More differences than this explain nothing.
@@ -51,9 +51,12 @@ def _inputs(
 ) -> dict[str, object]:
     settings = semantic(node.config)
     data = {
-        role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
+        # A file of templates has no settings of its own.
+        role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
+        for role, ref in node.data.items()
     }
-    settings.pop("demonstrations", None)
+    for role in ("demonstrations", "text_data"):
+        settings.pop(role, None)
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -89,10 +92,10 @@ def _data_inputs(
 ) -> dict[str, Any]:
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
-        settings.pop("world")
+        settings.pop("world", None)
     toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
     if not toy_ranker:
-        settings.pop("labelers")
+        settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 
 

@@ -138,28 +138,28 @@ def _collect(
 
 
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The last policy stays while the next is opened, and through the KL, where policy and reference join it."""
+    """One policy at a time beside the reward model, then the reference in its place."""
     policy = Role(models["policy"])
-    frozen = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
-    several = len(config.policies) > 1
-    held = replace(held_memory(setting, trained=[policy], frozen=frozen), optimizer=0.0)
+    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    held = replace(held_memory(setting, trained=[policy], frozen=reward), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
-    moments = sampling_moments(held, policy, config, work.longest, config.num_prompts, 1, setting)
-    if frozen:
-        moments.append(scoring_moment(held, frozen[0], replace(batch, columns=0), setting))
+    moments = sampling_moments(
+        held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
+    )
+    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in reward]
     if "reference" in models:
-        compared = [*frozen, Role(models["reference"]), policy]
-        moments.append(
-            scoring_moment(
-                replace(held_memory(setting, trained=[policy], frozen=compared), optimizer=0.0),
-                policy,
-                batch,
-                setting,
-            )
-        )
-    extra = (3 if "reference" in models else 1) * several
-    return [*moments, held.plus("open", weights=extra * held.weights)]
+        reference = Role(models["reference"])
+        beside = held_memory(setting, frozen=[*reward, reference])
+        moments.append(scoring_moment(held, policy, batch, setting))
+        moments.append(scoring_moment(beside, reference, batch, setting))
+    if config.text_rows:
+        # As many tokens as a batch of the longest responses has, all of them learnt where the text is documents.
+        longest = config.max_length
+        room = config.generation_batch_size * (config.max_prompt_length + config.max_response_length)
+        rows = min(config.text_rows, max(1, room // longest))
+        moments.append(scoring_moment(held, policy, Batch(rows, longest, longest), setting))
+    return moments
 
 
 MOMENTS: dict[str, Callable[..., list[Memory]]] = {

@@ -3,18 +3,19 @@
 preferences -> log-probs of policy and frozen reference -> a loss of the configuration's choice -> policy checkpoint
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alignpipe import processes
 from alignpipe.config import PREFERENCE_LOSSES, UNPAIRED, DPOConfig, num_steps
-from alignpipe.data.collate import collate
-from alignpipe.data.comparisons import Comparison, compare, examples_of, label, mismatch, ranked_pairs
+from alignpipe.data.collate import TokenBatch, collate
+from alignpipe.data.comparisons import Comparison, Scored, compare, examples_of, label, mismatch, ranked_pairs
 from alignpipe.data.encoding import Example, RankedExample, encode_rankings, encode_unpaired
 from alignpipe.data.records import Ranking, Unpaired
 from alignpipe.data.tokenizer import Tokenizer
@@ -45,21 +46,8 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
 
     def loss_fn(micro: Sequence[Comparison]) -> StepOutput:
         sides = [row.chosen for row in micro if row.chosen], [row.rejected for row in micro if row.rejected]
-        batch = collate([side.example for side in (*sides[0], *sides[1])], tokenizer.pad_id).to(
-            context.device
-        )
-        sizes = [len(side) for side in sides]
-        logprobs = torch.split(batch_logprobs(policy, batch).sum(1), sizes)
-        lengths = torch.split(batch.loss_mask[:, 1:].sum(1), sizes)
-        chosen, rejected = (
-            Responses(
-                logprobs[i],
-                torch.tensor([one.reference for one in sides[i]], device=context.device),
-                lengths[i],
-                torch.tensor([one.baseline for one in sides[i]], device=context.device),
-            )
-            for i in (0, 1)
-        )
+        batch = collate([one.example for side in sides for one in side], tokenizer.pad_id).to(context.device)
+        chosen, rejected = _responses(batch_logprobs(policy, batch).sum(1), batch, sides)
         found = loss(chosen, rejected)
         return StepOutput(
             losses=found.losses + config.sft_coef * nll(chosen, found.losses),
@@ -103,6 +91,19 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         "eval_loss": after.get("loss"),
         "eval_accuracy": after.get("rewards/accuracies"),
     }
+
+
+def _responses(logprobs: Tensor, batch: TokenBatch, sides: Sequence[Sequence[Scored]]) -> Iterator[Responses]:
+    """The batch cut into its sides, each with the numbers it is held against."""
+    end = 0
+    for side in sides:
+        start, end = end, end + len(side)
+        yield Responses(
+            logprobs[start:end],
+            torch.tensor([one.reference for one in side], device=logprobs.device),
+            batch.loss_mask[start:end, 1:].sum(1),
+            torch.tensor([one.baseline for one in side], device=logprobs.device),
+        )
 
 
 def _rows(

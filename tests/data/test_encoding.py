@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from alignpipe.data.encoding import encode_demonstrations, encode_prompts, encode_rankings, encode_texts, encode_unpaired
+from alignpipe.data.encoding import (
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_texts,
+    encode_unpaired,
+)
 from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Text, Unpaired
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError

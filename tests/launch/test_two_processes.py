@@ -176,6 +176,12 @@ def test_eval_on_two_processes_gives_the_same_scores(group: Group, chain: Projec
         assert mine["length"] == theirs["length"]
         assert mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+        for figure in ("distinct_2", "refusal", "seq_rep_4", "win_rate", "length_controlled_win_rate"):
+            assert mine[figure] == theirs[figure], figure
+        assert mine["prejudice"]["details"]["gold"] == theirs["prejudice"]["details"]["gold"]
+    gaps = [scores["reward_model"]["prejudice"]["reward_gap"] for scores in (one, two)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-5)
 
 
 def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_path: Path) -> None:
