@@ -6,7 +6,7 @@ names code to run: a stage is chosen by its `kind`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ FORMATS = (
     "prompt_completion",
     "preference",
     "ranked",
+    "unpaired",
     "prompts",
     "text",
 )
@@ -53,6 +54,23 @@ SCRIPTS = (
     "katakana",
     "cjk",
 )
+# Loss of dpo -> the keys that it reads, as losses/dpo.py takes them.
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("beta",),
+    "conservative": ("beta", "label_smoothing"),
+    "robust": ("beta", "label_smoothing"),
+    "hinge": ("beta",),
+    "ipo": ("beta",),
+    "sigmoid_norm": ("beta",),
+    "apo_zero": ("beta",),
+    "simpo": ("beta", "gamma_beta_ratio"),
+    "orpo": ("beta",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+}
+# Those that compare the policy with nothing but itself.
+REFERENCE_FREE = ("simpo", "orpo")
+# Those that learn from single responses, each good or bad, rather than from pairs.
+UNPAIRED = ("kto",)
 # Their figures stand in pipeline/accelerators.py.
 ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
@@ -89,6 +107,7 @@ class ColumnsConfig:
     responses: str | None = plain()
     ranks: str | None = plain()
     margin: str | None = plain()
+    label: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -435,11 +454,22 @@ class RMConfig(TrainingConfig):
 
 @dataclass
 class DPOConfig(TrainingConfig, SamplingConfig):
-    """Direct preference optimization."""
+    """Direct preference optimization and its kin."""
 
     policy: str = plain(in_key=False)
-    reference: str = plain(in_key=False)
-    beta: float = number(above=0)
+    # Read by every loss but those of REFERENCE_FREE.
+    reference: str | None = plain(in_key=False)
+    loss: str = choice(*PREFERENCE_LOSSES)
+    # Each of these is null where the loss does not read it.
+    beta: float | None = number(above=0)
+    label_smoothing: float | None = number(minimum=0, maximum=0.49)
+    gamma_beta_ratio: float | None = number(minimum=0)
+    desirable_weight: float | None = number(above=0)
+    undesirable_weight: float | None = number(above=0)
+    # Loss -> what conf/stage/dpo.yaml gives the five keys above.
+    usual: dict[str, Any] = plain(in_key=False)
+    sft_coef: float = number(minimum=0)
+    pairs: str = choice("all", "best_worst")
     num_samples: int = number(minimum=0)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
@@ -680,12 +710,9 @@ def _relations(config: Any, path: str) -> Iterator[str]:
     yield from _row_relations(config, at)
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
-    if isinstance(config, RMConfig):
-        yield from _rm_relations(config, at)
-    if isinstance(config, RSConfig):
-        yield from _rs_relations(config, at)
-    if isinstance(config, PPOConfig):
-        yield from _ppo_relations(config, at)
+    for kind, relations in _STAGE_RELATIONS:
+        if isinstance(config, kind):
+            yield from relations(config, at)
 
 
 def _rm_relations(config: RMConfig, at: str) -> Iterator[str]:
@@ -772,6 +799,30 @@ def _rs_relations(config: RSConfig, at: str) -> Iterator[str]:
             f"{at}min_response_length: {config.min_response_length} must be less than max_response_length "
             f"{config.max_response_length}"
         )
+
+
+def _loss_relations(config: DPOConfig, at: str) -> Iterator[str]:
+    if config.loss not in PREFERENCE_LOSSES:
+        return
+    reads = PREFERENCE_LOSSES[config.loss]
+    for key in dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys):
+        given = getattr(config, key) is not None
+        if given and key not in reads:
+            readers = " or ".join(f"loss={loss}" for loss, keys in PREFERENCE_LOSSES.items() if key in keys)
+            yield f"{at}{key}: loss={config.loss} does not read it; leave it out, or take {readers}"
+        if not given and key in reads:
+            yield f"{at}{key}: loss={config.loss} needs it; give a number, or leave the key out for the usual one"
+    if config.reference is None and config.loss not in REFERENCE_FREE:
+        free = " or ".join(f"loss={loss}" for loss in REFERENCE_FREE)
+        yield f"{at}reference: loss={config.loss} needs one; name a policy, or take {free}"
+
+
+_STAGE_RELATIONS: tuple[tuple[type, Callable[[Any, str], Iterator[str]]], ...] = (
+    (RMConfig, _rm_relations),
+    (RSConfig, _rs_relations),
+    (DPOConfig, _loss_relations),
+    (PPOConfig, _ppo_relations),
+)
 
 
 def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:

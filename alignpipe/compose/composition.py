@@ -238,6 +238,8 @@ def checked(raw: DictConfig, overrides: list[str], choices: dict[str, str]) -> C
             "the first file composed must begin with `defaults: [schema/config@_here_, ..., _self_]`"
         )
     check_keys(raw, overrides, groups())
+    # From here on `oc.select` may look for a key that is not there.
+    OmegaConf.set_struct(raw, False)
     config: Any = OmegaConf.to_object(raw)
     # Once as the user wrote it, so that a bad value is named once, and once with what single rounds change in it.
     _check_whole(config)

@@ -17,10 +17,13 @@ from alignpipe.config import (
     BASE,
     JUDGES,
     LATEST,
+    REFERENCE_FREE,
     TINY,
     TOY,
+    UNPAIRED,
     Config,
     DataConfig,
+    DPOConfig,
     EvalConfig,
     PPOConfig,
     RMConfig,
@@ -84,6 +87,20 @@ JUDGE = "judge"
 SCALAR_ROLES = ("reward_model", JUDGE)
 TEXT_DATA = "text_data"
 TEMPLATES = "templates"
+
+
+def roles(config: StageConfig) -> tuple[str, ...]:
+    """The models that a stage reads; a loss without a reference opens none."""
+    if isinstance(config, DPOConfig) and config.loss in REFERENCE_FREE:
+        return ("policy",)
+    return ROLES[config.kind]
+
+
+def wanted(config: StageConfig) -> tuple[RecordType, ...]:
+    """The types of record that a stage reads, the one it wants first before the others."""
+    if isinstance(config, DPOConfig) and config.loss in UNPAIRED:
+        return (*WANTED[config.kind], "unpaired")
+    return WANTED[config.kind]
 
 
 @dataclass
@@ -225,7 +242,7 @@ class _Resolver:
     def _node(self, name: str, *, in_order: bool) -> Node:
         config = _with_whole_paths(self.stages[name])
         node = Node(name, config, in_order=in_order)
-        for role in ROLES[config.kind]:
+        for role in roles(config):
             label = getattr(config, role)
             if label is not None:
                 node.models[role] = self._model(name, role, label)
@@ -235,7 +252,7 @@ class _Resolver:
             several, role = LISTS[config.kind]
             for index, label in enumerate(getattr(config, several)):
                 node.models[f"{role}_{index}"] = self._model(name, several, label)
-        node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
+        node.data["data"] = self._data(name, "data", config.data, wanted(config))
         self._add_second_data(node)
         self._add_benchmark(node)
         self._add_text(node)

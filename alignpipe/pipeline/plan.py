@@ -12,6 +12,7 @@ from alignpipe.artifact import Manifest
 from alignpipe.config import (
     TINY,
     Config,
+    DPOConfig,
     OptimizerConfig,
     PPOConfig,
     SFTConfig,
@@ -304,13 +305,25 @@ def _batch(node: Node, processes: int) -> str:
 
 
 def _warnings(node: Node, graph: Graph) -> list[str]:
-    if node.kind == "dpo" and not graph.lineage(node.name) & {"sft", "rs", "ppo"}:
-        return [
-            f"{node.name}: no sft stands behind its policy; DPO from an untuned model moves little and forgets much"
-        ]
+    if isinstance(node.config, DPOConfig):
+        return _dpo_warnings(node, node.config, graph)
     if isinstance(node.config, SFTConfig) and node.config.max_response_length >= node.config.max_length:
         return [f"{node.name}: max_response_length leaves no room for a prompt within max_length"]
     return []
+
+
+def _dpo_warnings(node: Node, config: DPOConfig, graph: Graph) -> list[str]:
+    found = []
+    # ORPO takes the place of supervised fine-tuning: its loss holds it.
+    if config.loss != "orpo" and not graph.lineage(node.name) & {"sft", "rs", "ppo"}:
+        found.append(
+            f"{node.name}: no sft stands behind its policy; DPO from an untuned model moves little and forgets much"
+        )
+    if "reference" not in node.models and config.reference not in (None, config.policy):
+        found.append(
+            f"{node.name}: loss={config.loss} has no reference, so reference={config.reference} is not opened"
+        )
+    return found
 
 
 def format_bytes(number: float) -> str:

@@ -115,7 +115,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         return context.load_policy("policy", tokenizer, frozen=True)
 
     monitor = load_monitor(config, context, tokenizer, policy, start, reward_model)
-    after = fit(policy, best + replayed, loss_fn, config, context, evaluate, monitor)
+    after = fit(policy, best + replayed, loss_fn, config, context, evaluate, watcher=monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
     return {
         "rows": len(best) + len(replayed),

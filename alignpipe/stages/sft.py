@@ -52,7 +52,7 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
 
     before = evaluate()
     best = _best_epoch(config, policy, len(rows), tokenizer, context, evaluate)
-    after = fit(policy, rows, loss_fn, config, context, evaluate, best)
+    after = fit(policy, rows, loss_fn, config, context, evaluate, watcher=best)
     context.save_checkpoint(policy, tokenizer, "policy")
     log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
     return {
