@@ -21,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from alignpipe.checks import problems
 from alignpipe.compose import explain, rounds, words, yaml_files
 from alignpipe.compose.command_line import CONFIG_NAME, Line, read_line
 from alignpipe.compose.guards import check_values, check_words, hide_secrets
 from alignpipe.compose.strict import check_keys, own_problems
-from alignpipe.config import Config, problems, register
+from alignpipe.config import Config, register
 from alignpipe.errors import ConfigError
 from alignpipe.gates import find_gates
 from alignpipe.objective import check_objective

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from alignpipe.checks import problems
 from alignpipe.compose import compose
 from alignpipe.compose.command_line import read_line
 from alignpipe.compose.composition import Composed
@@ -15,7 +16,7 @@ from alignpipe.compose.key_search import search
 from alignpipe.compose.rerun import rerun_yaml
 from alignpipe.compose.rounds import rewrite_rounds, unroll
 from alignpipe.compose.sweeps import compose_sweep
-from alignpipe.config import Config, PipelineConfig, StageConfig, problems
+from alignpipe.config import Config, PipelineConfig, StageConfig
 from alignpipe.errors import ConfigError
 from alignpipe.hydra_front import show
 
