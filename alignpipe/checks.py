@@ -9,6 +9,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from alignpipe.config import (
+    PREFERENCE_LOSSES,
+    REFERENCE_FREE,
+    SCRIPTS,
     SHARDED,
     Config,
     DataConfig,
