@@ -8,7 +8,7 @@ names code to run: a stage is chosen by its `kind`.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
@@ -263,6 +263,59 @@ class PipelineConfig:
 
 
 @dataclass
+class GateConfig:
+    """A reward model that is heard alone where it thinks ill of a response (arXiv:2307.09288, 3.2.3)."""
+
+    model: str | None = plain()
+    below: float = number(above=0, maximum=0.999999)
+
+
+@dataclass
+class RewardConfig:
+    """What a reward is made of, beside the one `reward_model`."""
+
+    # In a key by its content, see pipeline/functions.py.
+    function: str | None = plain(in_key=False)
+    function_weight: float = number()
+    # Name -> weight; by name in a key too, since figures bear the names.
+    models: dict[str, float] = plain()
+    ensemble: str = choice("sum", "mean", "mean_minus_std")
+    uncertainty_penalty: float = number(minimum=0)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+class Rewarded(Protocol):
+    """Any section that says what a reward is."""
+
+    reward_model: str | None
+    reward: RewardConfig
+
+
+def reward_models(config: Rewarded, prefix: str = "") -> dict[str, str]:
+    """Role -> name of every reward model that a section names, each once; `reward_model` keeps its role."""
+    named = [*config.reward.models, *([config.reward.gate.model] if config.reward.gate.model else [])]
+    others = [name for name in dict.fromkeys(named) if name != config.reward_model]
+    first = {} if config.reward_model is None else {f"{prefix}reward_model": config.reward_model}
+    return first | {f"{prefix}reward_{index}": name for index, name in enumerate(others)}
+
+
+def reward_weights(config: Rewarded) -> dict[str, float]:
+    """Name -> weight of the reward models that are summed; `reward_model` counts 1 unless `models` says otherwise."""
+    alone = {} if config.reward_model is None else {config.reward_model: 1.0}
+    return alone | config.reward.models
+
+
+def is_composed(reward: RewardConfig) -> bool:
+    """Whether a reward is anything but the score of `reward_model`."""
+    return reward.function is not None or bool(reward.models) or reward.gate.model is not None
+
+
+def has_reward(config: Rewarded) -> bool:
+    """Whether there is anything to reward responses by."""
+    return config.reward.function is not None or bool(reward_weights(config))
+
+
+@dataclass
 class StageConfig:
     """What every stage has."""
 
@@ -343,7 +396,8 @@ class RSConfig(TrainingConfig, SamplingConfig):
     """Rejection sampling: sample, keep the best, fine-tune on it."""
 
     policy: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2)
@@ -356,7 +410,8 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
 
     policy: str = plain(in_key=False)
     reference: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     num_rollouts: int = number(minimum=1)
     rollout_size: int = number(minimum=2)
     num_samples: int = number(minimum=1)
@@ -391,6 +446,7 @@ class EvalConfig(SamplingConfig):
     policies: list[str] = plain(in_key=False)
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     judge: str = choice("auto", TOY, "none")
     num_prompts: int = number(minimum=1)
 
@@ -455,6 +511,7 @@ def register() -> None:
         "rollout": RolloutConfig,
         "launch": LaunchConfig,
         "adapter": AdapterConfig,
+        "reward": RewardConfig,
         "pipeline": PipelineConfig,
     }
     for name, node in {**groups, **KINDS}.items():
@@ -513,10 +570,34 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         )
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
+    if isinstance(config, RSConfig | PPOConfig | EvalConfig):
+        yield from _reward_relations(config, at)
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
+        )
+
+
+def _reward_relations(config: "RSConfig | PPOConfig | EvalConfig", at: str) -> Iterator[str]:
+    reward, weights = config.reward, reward_weights(config)
+    for name, weight in reward.models.items():
+        if not math.isfinite(weight):
+            yield f"{at}reward.models.{name}: must be a finite number, got {weight}"
+    if not has_reward(config) and (not isinstance(config, EvalConfig) or reward.gate.model is not None):
+        yield (
+            f"{at}reward_model: is null and nothing stands in its place; name a reward model, "
+            f"or {at}reward.function=FILE.py:NAME"
+        )
+    elif isinstance(config, PPOConfig) and config.reward_model is None:
+        yield (
+            f"{at}reward_model: is null, but the value model starts from it; name one, "
+            f"with {at}reward.models.NAME=0 where it shall not count"
+        )
+    if reward.ensemble != "sum" and (len(weights) < 2 or min(weights.values()) <= 0):
+        yield (
+            f"{at}reward.ensemble: {reward.ensemble} needs two reward models or more, each with a weight above 0, "
+            f"got {weights or 'none'}; name them in {at}reward.models"
         )
 
 

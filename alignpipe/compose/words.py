@@ -21,7 +21,11 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "data": ("file", DataError),
 }
 _STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
-_TAKES_PATH = re.compile(r"(.*\.)?(path|policy|reference|reward_model|chat_template|output_dir)")
+_TAKES_PATH = re.compile(
+    r"(.*\.)?(path|policy|reference|reward_model|function|gate\.model|chat_template|output_dir)"
+)
+# A table whose keys are the user's own; Hydra takes a new key after ++ alone.
+_OPEN_TABLE = re.compile(r"(.*\.)?reward\.models(\..+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 
@@ -48,6 +52,8 @@ def rewrite(words: Iterable[str], options: Callable[[str], list[str]], *, multir
             rewritten.append(_stage_data_word(key, value, multirun))
         elif equals and _TAKES_PATH.fullmatch(key.lstrip("+")) and parse(word) is None:
             rewritten.append(f"{key}={quote(value)}")
+        elif equals and _OPEN_TABLE.fullmatch(key.lstrip("+")):
+            rewritten.append(f"++{key.lstrip('+')}={value}")
         else:
             rewritten.append(word)
     return rewritten

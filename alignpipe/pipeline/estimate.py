@@ -21,6 +21,7 @@ from alignpipe.config import (
     RSConfig,
     SamplingConfig,
     StageConfig,
+    reward_models,
 )
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.pipeline.accelerators import UTILISATION, Machine
@@ -172,8 +173,9 @@ def _effort(
     if isinstance(config, EvalConfig):
         total = rows.mean + config.max_response_length
         asked = _sampled(config, shape, rows.used, 1, rows.mean, setting)
-        # Scored by the reward model, and by policy and reference for their KL.
-        return (asked + _read(shape, rows.used * total, total, 3)).times(len(config.policies))
+        # Scored by the reward models, and by policy and reference for their KL.
+        passes = len(reward_models(config)) + 2
+        return (asked + _read(shape, rows.used * total, total, passes)).times(len(config.policies))
     return None if steps is None else _learning_effort(config, shape, rows, rows.used, steps, setting)
 
 
@@ -191,17 +193,19 @@ def _learning_effort(
     if isinstance(config, RSConfig):
         prompts, total = used * (1 - config.replay), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
-        scored = prompts * config.num_samples * total
+        scored = prompts * config.num_samples * total * len(reward_models(config))
         return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)
     return _read(shape, items * mean, mean, passes)
 
 
 def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:
-    """Each response is sampled, read once by four models, and learnt by two in every epoch."""
+    """Each response is sampled, read once by every model, and learnt by two in every epoch."""
     total = mean + config.max_response_length
     tokens = config.rollout_size * config.num_samples * total
     asked = _sampled(config, shape, config.rollout_size, config.num_samples, mean, setting)
-    read = _read(shape, tokens, total, 4 + 2 * config.ppo_epochs * _passes(setting))
+    read = _read(
+        shape, tokens, total, 3 + len(reward_models(config)) + 2 * config.ppo_epochs * _passes(setting)
+    )
     return (asked + read).times(config.num_rollouts)
 
 

@@ -12,11 +12,25 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from alignpipe.artifact import POLICY_KINDS
-from alignpipe.config import BASE, LATEST, TINY, TOY, Config, DataConfig, EvalConfig, RSConfig, StageConfig
+from alignpipe.config import (
+    BASE,
+    LATEST,
+    TINY,
+    TOY,
+    Config,
+    DataConfig,
+    EvalConfig,
+    PPOConfig,
+    RSConfig,
+    StageConfig,
+    is_composed,
+    reward_models,
+)
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from alignpipe.pipeline.functions import find_function
 from alignpipe.pipeline.hub import model_folder, resolve_revision
 from alignpipe.pipeline.references import (
     DataRef,
@@ -27,6 +41,7 @@ from alignpipe.pipeline.references import (
     newest_stages,
 )
 from alignpipe.pipeline.store import Store, run_stages
+from alignpipe.task import FunctionInput
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -58,6 +73,11 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
 DEMONSTRATIONS = "demonstrations"
 
 
+def is_reward(role: str) -> bool:
+    """Whether a role is a reward model's: `reward_model`, `reward_0`, ..."""
+    return role.startswith("reward_")
+
+
 @dataclass
 class Node:
     """One stage of a run, with its inputs.
@@ -67,6 +87,7 @@ class Node:
         config: of the stage.
         models: by role.
         data: by role.
+        functions: of the user's own, by role.
         in_order: False for a stage that is only read from the store.
         key: hash of everything that decides the result; filled in by `keys`.
         inputs: what the key is made of.
@@ -76,6 +97,7 @@ class Node:
     config: StageConfig
     models: dict[str, ModelRef] = field(default_factory=dict)
     data: dict[str, DataRef] = field(default_factory=dict)
+    functions: dict[str, FunctionInput] = field(default_factory=dict)
     in_order: bool = True
     key: str = ""
     inputs: dict[str, object] = field(default_factory=dict)
@@ -84,6 +106,11 @@ class Node:
     def kind(self) -> str:
         """Kind of the stage."""
         return self.config.kind
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether it has a reward that is anything but the score of one reward model."""
+        return isinstance(self.config, RSConfig | PPOConfig | EvalConfig) and is_composed(self.config.reward)
 
     @property
     def parents(self) -> list[str]:
@@ -201,6 +228,7 @@ class _Resolver:
                 raise ConfigError(f"{self._key(name, 'policies')}: is empty; name at least one policy")
             for index, label in enumerate(config.policies):
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
+        self._add_reward(node)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
         self._add_demonstrations(node)
         self._check_judge(node)
@@ -209,8 +237,9 @@ class _Resolver:
     def _key(self, stage: str, key: str) -> str:
         return f"stage.{key}" if self.alone else f"stages.{stage}.{key}"
 
-    def _model(self, stage: str, role: str, label: str) -> ModelRef:
-        key = self._key(stage, role)
+    def _model(self, stage: str, role: str, label: str, at: str | None = None) -> ModelRef:
+        """The weights of a role; `at` is the key that names them, where that is not the role."""
+        key = self._key(stage, at or role)
         if label == MISSING:
             raise ConfigError(f"{key}: is not given; {self._offer(role)}")
         if label == BASE:
@@ -257,24 +286,25 @@ class _Resolver:
         return ModelRef(label, kind=self.stages[label].kind, stage=label)
 
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
-        wanted = ("rm",) if role == "reward_model" else POLICY_KINDS
+        scores = is_reward(role)
+        wanted = ("rm",) if scores else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
             raised = ConfigError if ref.stage is not None else CheckpointError
-            need = (
-                "a reward model (rm)" if role == "reward_model" else f"a policy ({', '.join(POLICY_KINDS)})"
-            )
+            need = "a reward model (rm)" if scores else f"a policy ({', '.join(POLICY_KINDS)})"
             raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
         if ref.kind is None and ref.stage is None and ref.path != TINY:
             scalar = is_scalar(model_folder(ref.path, ref.revision))
-            if scalar != (role == "reward_model"):
+            if scalar != scores:
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
                 )
-                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {role.replace('_', ' ')}")
+                raise CheckpointError(
+                    f"{key}: {ref.name} holds {held}, which is no {'reward model' if scores else role}"
+                )
         return ref
 
     def _offer(self, role: str) -> str:
-        wanted = "rm" if role == "reward_model" else "sft"
+        wanted = "rm" if is_reward(role) else "sft"
         for run in self.store.runs():
             for stage in run_stages(run):
                 if stage["kind"] == wanted and self.store.find(stage["kind"], stage["key"]) is not None:
@@ -336,6 +366,19 @@ class _Resolver:
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+
+    def _add_reward(self, node: Node) -> None:
+        """What a reward is made of beside `reward_model`."""
+        config = node.config
+        if not isinstance(config, RSConfig | PPOConfig | EvalConfig):
+            return
+        for role, label in reward_models(config).items():
+            if role not in node.models:
+                at = f"reward.models.{label}" if label in config.reward.models else "reward.gate.model"
+                node.models[role] = self._model(node.name, role, label, at)
+        if config.reward.function is not None:
+            key = self._key(node.name, "reward.function")
+            node.functions["reward"] = find_function(key, config.reward.function)
 
     def _check_judge(self, node: Node) -> None:
         """The gold judge knows the embedded world alone."""

@@ -54,6 +54,12 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
     }
     settings.pop("demonstrations", None)
+    if not node.rewarded:
+        settings.pop("reward", None)
+    functions = {
+        role: {"name": found.name, "content": found.key[:KEY_LENGTH]}
+        for role, found in node.functions.items()
+    }
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -61,6 +67,7 @@ def _inputs(
         "settings": settings,
         "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
         "data": data,
+        **({"functions": functions} if functions else {}),
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],

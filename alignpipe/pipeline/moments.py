@@ -38,6 +38,11 @@ def stage_moments(config: Any, models: dict[str, Architecture], work: Work, sett
     return MOMENTS[config.kind](config, models, work, setting)
 
 
+def _rewards(models: dict[str, Architecture]) -> list[Role]:
+    """The frozen reward models of a stage: `reward_model`, `reward_0`, ..."""
+    return [Role(shape, scalar=True) for role, shape in models.items() if role.startswith("reward_")]
+
+
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     policy = Role(models["policy"])
     held = held_memory(setting, trained=[policy])
@@ -76,27 +81,29 @@ def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting
 
 
 def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reward model stays in memory while its choices are learnt."""
-    policy, reward = Role(models["policy"]), Role(models["reward_model"], scalar=True)
+    """The reward models stay in memory while their choices are learnt."""
+    policy, rewards = Role(models["policy"]), _rewards(models)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
-    held = held_memory(setting, trained=[policy], frozen=[reward])
+    held = held_memory(setting, trained=[policy], frozen=rewards)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    scored = Batch(config.micro_batch_size, length)
     return [
         *sampling_moments(
             before, policy, config, work.longest, config.num_prompts, config.num_samples, setting
         ),
-        scoring_moment(replace(held, optimizer=0.0), reward, Batch(config.micro_batch_size, length), setting),
+        *(scoring_moment(replace(held, optimizer=0.0), reward, scored, setting) for reward in rewards),
         *training_moments(held, policy, batch, config, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
     ]
 
 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """Four models and two optimizers at once; one of the two has its gradients at a time."""
+    """Four models and two optimizers at once, and further reward models; one of the two has its gradients at a time."""
     policy, value = Role(models["policy"]), Role(models["reward_model"], scalar=True)
-    reference, reward = Role(models["reference"]), Role(models["reward_model"], scalar=True)
-    held = held_memory(setting, trained=[policy, value], frozen=[reference, reward])
+    held = held_memory(
+        setting, trained=[policy, value], frozen=[Role(models["reference"]), *_rewards(models)]
+    )
     prompt = min(work.longest, config.max_prompt_length)
     length = prompt + config.max_response_length
     # Every process holds the whole rollout, so that all whiten it alike.
@@ -128,14 +135,13 @@ def _collect(
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """The last policy stays while the next is opened, and through the KL, where policy and reference join it."""
     policy = Role(models["policy"])
-    frozen = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    frozen = _rewards(models)
     several = len(config.policies) > 1
     held = replace(held_memory(setting, trained=[policy], frozen=frozen), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
     moments = sampling_moments(held, policy, config, work.longest, config.num_prompts, 1, setting)
-    if frozen:
-        moments.append(scoring_moment(held, frozen[0], replace(batch, columns=0), setting))
+    moments += [scoring_moment(held, reward, replace(batch, columns=0), setting) for reward in frozen]
     if "reference" in models:
         compared = [*frozen, Role(models["reference"]), policy]
         moments.append(

@@ -12,12 +12,17 @@ from alignpipe.artifact import Manifest
 from alignpipe.config import (
     TINY,
     Config,
+    EvalConfig,
     OptimizerConfig,
     PPOConfig,
+    RSConfig,
     SFTConfig,
+    StageConfig,
     TrainingConfig,
+    is_composed,
     num_ppo_steps,
     num_steps,
+    reward_weights,
 )
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
@@ -28,7 +33,7 @@ from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import Graph, Node, build_graph
+from alignpipe.pipeline.graph import Graph, Node, build_graph, is_reward
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.launch import num_processes
@@ -258,12 +263,27 @@ def _row(
         if manifest
         else checkpointformat_bytes(node, models)
     )
-    reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith("policy_")]
+    listed = [role for role in node.models if not role.startswith("policy_")]
+    if node.rewarded:
+        listed = [role for role in listed if not is_reward(role)]
+    reads = [f"{role}={node.models[role].name}" for role in listed] + _reward_words(node.config)
     policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
     reads += [f"policies={','.join(policies)}"] if policies else []
     reads += [f"{role}={Path(ref.name).name}" for role, ref in node.data.items()]
     steps = _steps(node, counted)
     return PlanRow(node.name, node.kind, node.key, " ".join(reads), counted.used, steps, "", disk, state, why)
+
+
+def _reward_words(config: StageConfig) -> list[str]:
+    """What a reward is made of, such as `reward=1*helpful+0.5*safety gate=safety<0.15`; nothing for one model alone."""
+    if not isinstance(config, RSConfig | PPOConfig | EvalConfig) or not is_composed(config.reward):
+        return []
+    reward = config.reward
+    models = "+".join(f"{weight:g}*{name}" for name, weight in reward_weights(config).items())
+    terms = [models if reward.ensemble == "sum" else f"{reward.ensemble}({models})"] if models else []
+    terms += [f"{reward.function_weight:g}*{Path(reward.function).name}"] if reward.function else []
+    gate = [f"gate={reward.gate.model}<{reward.gate.below:g}"] if reward.gate.model else []
+    return [f"reward={'+'.join(terms)}", *gate]
 
 
 def trains(node: Node) -> bool:

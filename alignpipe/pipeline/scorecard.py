@@ -85,6 +85,12 @@ def _words(scorecard: dict[str, Any]) -> list[str]:
         f"[{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]"
         for gain in scorecard["gains"]
     ]
+    for name, figures in scorecard["policies"].items():
+        terms = {key.removeprefix("reward/"): value for key, value in figures.items() if "/" in key}
+        if terms:
+            lines.append(
+                f"reward of {name}: " + "  ".join(f"{term} {mean:.3f}" for term, mean in terms.items())
+            )
     accuracy, gold = scorecard["reward_model"]["accuracy"], scorecard["reward_model"]["gold_accuracy"]
     if accuracy is not None:
         against = f", {gold:.3f} against gold" if gold is not None else ""

@@ -63,6 +63,10 @@ class Normalizer:
         """Shift and scale raw scores of any shape."""
         return (scores - self.mean) / self.std
 
+    def raw(self, scores: Tensor) -> Tensor:
+        """Raw scores of shifted and scaled ones."""
+        return scores * self.std + self.mean
+
 
 def response_scores(
     reward_model: PreTrainedModel,

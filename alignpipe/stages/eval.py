@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from alignpipe import processes
 from alignpipe.artifact import write_json
-from alignpipe.config import TOY, EvalConfig
+from alignpipe.config import TOY, EvalConfig, has_reward
 from alignpipe.data.encoding import Example, encode_prompts
 from alignpipe.data.records import Message, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from alignpipe.errors import DataError
 from alignpipe.evaluation.gold import MEASURES, gold_scores
 from alignpipe.evaluation.prejudice import group_gaps, swapped_prompts
 from alignpipe.evaluation.responses import Response, respond
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model
+from alignpipe.evaluation.rewards import Reward, load_reward
 from alignpipe.evaluation.statistics import mean_interval, paired_interval
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
@@ -52,7 +52,9 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
         if swaps
         else []
     )
-    reward_model = _reward_model(config, context, tokenizer)
+    reward = (
+        load_reward(config, context, tokenizer, config.generation_batch_size) if has_reward(config) else None
+    )
 
     answers: list[list[Response]] = []
     columns: list[Columns] = []
@@ -62,14 +64,14 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
         policy = context.load_policy(f"policy_{index}", tokenizer)
         policy.train(False)
         rows = [row[0] for row in respond(policy, tokenizer, prompts, 1, config, context, f"policy_{index}")]
-        columns.append(_columns(texts, prompts, rows, reward_model, judged))
+        columns.append(_columns(texts, prompts, rows, reward, judged))
         gaps.append(None)
         if swaps:
             replies = [
                 row[0]
                 for row in respond(policy, tokenizer, swapped, 1, config, context, f"policy_{index}_swapped")
             ]
-            measured = _columns([swap.prompt for swap in swaps], swapped, replies, reward_model, judged)
+            measured = _columns([swap.prompt for swap in swaps], swapped, replies, reward, judged)
             wanted = {
                 key: measured[column]
                 for key, column in (("gold", "overall"), ("reward", "reward"))
@@ -90,24 +92,19 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
     return {"num_prompts": len(prompts)}
 
 
-def _reward_model(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> RewardModel | None:
-    if config.reward_model is None:
-        return None
-    context.check_same_tokens("reward_model", tokenizer)
-    return load_reward_model(context, tokenizer, config.generation_batch_size)
-
-
 def _columns(
     texts: Sequence[str],
     prompts: Sequence[Sequence[int]],
     rows: Sequence[Response],
-    reward_model: RewardModel | None,
+    reward: Reward | None,
     judged: bool,
 ) -> Columns:
     """One value a prompt of everything that is measured of a policy."""
-    columns: Columns = gold_scores(texts, [row.text for row in rows]) if judged else {}
-    if reward_model is not None:
-        columns["reward"] = reward_model(_examples(prompts, rows))
+    answers = [row.text for row in rows]
+    columns: Columns = gold_scores(texts, answers) if judged else {}
+    if reward is not None:
+        scored = reward(texts, _examples(prompts, rows), answers)
+        columns |= {"reward": scored.rewards, **scored.columns}
     columns["length"] = np.array([len(row.ids) for row in rows], dtype=np.float64)
     columns["finished"] = np.array([row.finished for row in rows], dtype=np.float64)
     return columns
@@ -147,7 +144,8 @@ def _summary(columns: Columns, gaps: dict[str, float] | None) -> dict[str, Any]:
     gold: dict[str, Any] = {measure: _mean(columns, measure) for measure in MEASURES}
     gold["ci95"] = list(mean_interval(columns["overall"])) if "overall" in columns else None
     rest = {name: _mean(columns, name) for name in ("reward", "kl", "length", "finished")}
-    return {"gold": gold, **rest, "prejudice": gaps}
+    terms = {name: _mean(columns, name) for name in columns if name.startswith("reward/")}
+    return {"gold": gold, **rest, **terms, "prejudice": gaps}
 
 
 def _mean(columns: Columns, name: str) -> float | None:

@@ -2,7 +2,7 @@
 
 A rollout, in the paper's order:
 1. sample responses from the policy;
-2. score them with the reward model;
+2. score them with the reward model, or what else stands under `reward`;
 3. shape rewards: the score on the last action, minus the KL to the frozen reference on every action;
 4. advantages by GAE from the value model, whitened over the whole rollout;
 5. some epochs of clipped policy and value updates over minibatches.
@@ -28,7 +28,7 @@ from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model
+from alignpipe.evaluation.rewards import Reward, Scored, load_reward
 from alignpipe.losses.logprobs import masked_sum, masked_whiten
 from alignpipe.losses.ppo import (
     adapt_kl_coef,
@@ -59,7 +59,7 @@ class Models:
     policy: PreTrainedModel
     reference: PreTrainedModel
     value: PreTrainedModel
-    reward: RewardModel
+    reward: Reward
     policy_optimizer: AdamW
     value_optimizer: AdamW
 
@@ -118,12 +118,13 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
         examples, finished = _sample(
             config, context, models.policy, tokenizer, rollout, chosen, encoded.examples
         )
-        scores = _scores(config, models.reward, examples, finished)
-        experience, figures = _experience(config, context, models, tokenizer, examples, scores, kl_coef)
-        figures |= _update(config, context, models, experience, rollout)
-        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": kl_coef}
         asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
         answers = [tokenizer.decode(_response(example)) for example in examples]
+        scored = models.reward(asked, examples, answers)
+        scores = _scores(config, scored, finished)
+        experience, figures = _experience(config, context, models, tokenizer, examples, scores, kl_coef)
+        figures |= scored.figures | _update(config, context, models, experience, rollout)
+        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": kl_coef}
         if judged:
             figures["objective/gold"] = float(gold_scores(asked, answers)["overall"].mean())
         step, done = (rollout + 1) * updates, rollout + 1
@@ -147,14 +148,13 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
 
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
     context.check_same_tokens("reference", tokenizer)
-    context.check_same_tokens("reward_model", tokenizer)
     policy = context.load_policy("policy", tokenizer)
     value = context.load_scalar_model("reward_model", tokenizer)
     return Models(
         policy=policy,
         reference=context.load_policy("reference", tokenizer, frozen=True),
         value=value,
-        reward=load_reward_model(context, tokenizer, config.micro_batch_size),
+        reward=load_reward(config, context, tokenizer, config.micro_batch_size),
         policy_optimizer=make_optimizer(policy, config),
         value_optimizer=make_optimizer(value, config, config.value_learning_rate),
     )
@@ -197,11 +197,9 @@ def _sample(
     return examples, [sample.finished for _, sample in flat]
 
 
-def _scores(
-    config: PPOConfig, reward: RewardModel, examples: Sequence[Example], finished: Sequence[bool]
-) -> Tensor:
+def _scores(config: PPOConfig, scored: Scored, finished: Sequence[bool]) -> Tensor:
     """Normalised, clipped rewards (B,), less for a response that was cut off."""
-    scores = torch.from_numpy(reward(examples)).float().clamp(-config.score_clip, config.score_clip)
+    scores = torch.from_numpy(scored.rewards).float().clamp(-config.score_clip, config.score_clip)
     return scores - config.missing_eos_penalty * (~torch.tensor(finished)).float()
 
 

@@ -18,7 +18,7 @@ from alignpipe.data.records import Demonstration, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, DataError
 from alignpipe.evaluation.responses import Response, respond
-from alignpipe.evaluation.rewards import load_reward_model
+from alignpipe.evaluation.rewards import Scored, load_reward
 from alignpipe.losses.best_of_n import best_of_n
 from alignpipe.losses.sft import sft_loss
 from alignpipe.models.forward import batch_logprobs
@@ -31,7 +31,7 @@ NUM_LOGGED = 8
 def run(config: RSConfig, context: Context) -> dict[str, Any]:
     """Fine-tune `policy` on the best of its own responses."""
     tokenizer = context.tokenizer("policy")
-    context.check_same_tokens("reward_model", tokenizer)
+    reward = load_reward(config, context, tokenizer, config.micro_batch_size)
     policy = context.load_policy("policy", tokenizer)
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
@@ -39,9 +39,11 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
 
     policy.train(False)
     responses = respond(policy, tokenizer, prompts, config.num_samples, config, context)
-    reward_model = load_reward_model(context, tokenizer, config.micro_batch_size)
+    texts = [prompt_text(records[index]) for index in encoded.kept[: len(prompts)]]
+    asked = [text for text in texts for _ in range(config.num_samples)]
     flat = [r.example(prompt) for prompt, row in zip(prompts, responses, strict=True) for r in row]
-    rewards = reward_model(flat).reshape(len(prompts), config.num_samples)  # (P, N)
+    scored = reward(asked, flat, [response.text for row in responses for response in row])
+    rewards = scored.rewards.reshape(len(prompts), config.num_samples)  # (P, N)
     chosen = [
         _best(prompt, row, score) for prompt, row, score in zip(prompts, responses, rewards, strict=True)
     ]
@@ -55,7 +57,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
             f"{context.task.name}: no response ended by itself within {config.max_response_length} tokens; "
             f"raise max_response_length or train the policy longer"
         )
-    _log(config, context, rewards, [prompt_text(records[i]) for i in encoded.kept], responses, chosen)
+    _log(context, scored, rewards, texts, responses, chosen)
 
     replayed = _replayed(config, tokenizer, context, len(best))
     held_out = _encode(config, tokenizer, _demonstrations(config, context, "eval")[: config.eval_rows])
@@ -76,6 +78,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         "reward_best": float(rewards.max(axis=1).mean()),
         "best_of_n": _curve(rewards),
         "without_eos": sum(k is None for k in chosen),
+        **scored.figures,
     }
 
 
@@ -130,8 +133,8 @@ def _curve(rewards: np.ndarray) -> list[float]:
 
 
 def _log(
-    config: RSConfig,
     context: Context,
+    scored: Scored,
     rewards: np.ndarray,
     prompts: Sequence[str],
     responses: Sequence[Sequence[Response]],
@@ -139,7 +142,9 @@ def _log(
 ) -> None:
     curve = {f"rs/best_of_{n}": value for n, value in enumerate(_curve(rewards), start=1)}
     best = float(rewards.max(axis=1).mean())
-    context.metrics.log(0, {"rs/reward_mean": float(rewards.mean()), "rs/reward_best": best, **curve})
+    context.metrics.log(
+        0, {"rs/reward_mean": float(rewards.mean()), "rs/reward_best": best, **curve, **scored.figures}
+    )
     context.metrics.samples(
         0,
         [
