@@ -131,7 +131,7 @@ class RewardFunction:
         ]
         at = f"{self._file}:{lines[-1]}" if lines else self._defined()
         said = str(error).strip().partition("\n")[0]
-        failure = AlignpipeError(f"{at}: {type(error).__name__}: {said} ({where})")
+        failure = AlignpipeError(f"{at}: {type(error).__name__}: {said}, {where}")
         failure.trace = "".join(traceback.format_exception(error))
         return failure
 
@@ -150,4 +150,4 @@ def _listed(found: Any) -> list[Any] | None:
 
 def _named(prompts: Sequence[str], index: int) -> str:
     text = prompts[index]
-    return f"prompt {index} ({text[:SHOWN] + '...' if len(text) > SHOWN else text!r})"
+    return f"prompts[{index}] = {text if len(text) <= SHOWN else text[:SHOWN] + '...'!r}"

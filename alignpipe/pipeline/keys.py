@@ -54,12 +54,10 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
     }
     settings.pop("demonstrations", None)
-    if not node.rewarded:
-        settings.pop("reward", None)
-    functions = {
-        role: {"name": found.name, "content": found.key[:KEY_LENGTH]}
-        for role, found in node.functions.items()
-    }
+    reward = settings.pop("reward", None)
+    if node.rewarded:
+        settings["reward"] = _reward_inputs(reward, node)
+    functions = {role: f"{found.key[:KEY_LENGTH]} {found.name}" for role, found in node.functions.items()}
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -72,6 +70,18 @@ def _inputs(
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
+
+
+def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:
+    """What of a reward takes part; weights and thresholds of what is not there are in no key."""
+    takes_part = {
+        "models": bool(reward["models"]),
+        "function_weight": "reward" in node.functions,
+        "ensemble": reward["ensemble"] != "sum",
+        "uncertainty_penalty": reward["ensemble"] == "mean_minus_std",
+        "gate": reward["gate"]["model"] is not None,
+    }
+    return {name: reward[name] for name, used in takes_part.items() if used}
 
 
 def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) -> str:
