@@ -76,9 +76,8 @@ def test_rewards_page_has_a_function_that_works_and_commands_that_plan(
     score = RewardFunction(find_function("reward.function", "./my_reward.py:score"))
     assert score(["Why?"] * 3, ["No.", "one two three four five", "word " * 31]).tolist() == [0.0, 1.0, 0.0]
     commands = re.findall(r"^alignpipe plan (.*)$", REWARDS.replace("\\\n", ""), flags=re.MULTILINE)
-    reads = [
-        row.reads for command in commands for row in make_plan(compose(shlex.split(command)).config).rows
-    ]
+    plans = [make_plan(compose([*SMALL, *shlex.split(command)]).config) for command in commands]
+    reads = [row.reads for plan in plans for row in plan.rows]
     assert len(commands) == 3
     for shown in ("reward=1*rm+0.5*my_reward.py:score", "reward=1*my_reward.py:score", "gate=safety_rm<0.15"):
         assert any(shown in words for words in reads), shown

@@ -1,6 +1,7 @@
 """The user's function, called as it is: what it may return, and what its mistakes look like."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def load(tmp_path: Path) -> Load:
     def load(body: str, head: str = "import math") -> RewardFunction:
         path = tmp_path / "my_reward.py"
         path.write_text(f"{head}\n\ndef score(prompts, responses):\n    {body}\n", encoding="utf-8")
+        os.utime(path, (1, 1))
         key = hashlib.sha256(path.read_bytes()).hexdigest()
         return RewardFunction(FunctionInput("./my_reward.py:score", str(path), "score", key))
 
@@ -61,7 +63,8 @@ def test_modules_beside_the_file_are_found(load: Load, tmp_path: Path) -> None:
     assert load("return [WORTH] * 9", "from beside_my_reward import WORTH")(PROMPTS, RESPONSES)[0] == 4
 
 
-def test_edit_within_the_same_second_is_what_runs(load: Load) -> None:
+def test_edit_within_the_same_second_is_what_runs(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
     # Python's own import would take the compiled file of the first, which has the same size and time.
     found = [load(f"return [{worth}] * 9")(PROMPTS, RESPONSES)[0] for worth in (1, 2)]
     assert found == [1, 2]

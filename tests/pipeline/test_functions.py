@@ -150,14 +150,17 @@ def test_other_function_of_the_same_file_has_another_key(write: WriteFile, proje
 
 def test_only_what_takes_part_is_in_the_key(write: WriteFile, project: Project) -> None:
     plain, label = _keys(project), write()
-    for unused in ({"function_weight": 2.0}, {"uncertainty_penalty": 3.0}, {"gate": GateConfig(None, 0.5)}):
+    alone = _keys(project, function=label)
+    for unused in ({"uncertainty_penalty": 3.0}, {"gate": GateConfig(None, 0.5)}):
         assert _keys(project, **unused) == plain, unused
+        assert _keys(project, function=label, **unused) == alone, unused
+    assert _keys(project, function_weight=2.0) == plain
     keys = [
         plain["ppo"],
         _keys(project, models={"rm": 0.5})["ppo"],
         _keys(project, gate=GateConfig("rm", 0.5))["ppo"],
         _keys(project, gate=GateConfig("rm", 0.6))["ppo"],
-        _keys(project, function=label)["ppo"],
+        alone["ppo"],
         _keys(project, function=label, function_weight=2.0)["ppo"],
     ]
     assert len(set(keys)) == len(keys)
