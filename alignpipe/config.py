@@ -17,6 +17,8 @@ from alignpipe.errors import ConfigError, did_you_mean
 
 BASE = "base"
 TOY = "toy"
+# Words of a judge; every other one names a reward model.
+JUDGES = ("auto", TOY, "none")
 TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
@@ -68,6 +70,7 @@ class ColumnsConfig:
     rejected: str | None = plain()
     responses: str | None = plain()
     ranks: str | None = plain()
+    margin: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -325,6 +328,34 @@ class StageConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """What a held-out judge watches for while a policy is trained, and what then happens."""
+
+    action: str = choice("none", "warn", "stop", "restore")
+    judge: str = plain()
+    num_prompts: int = number(minimum=8)
+    num_samples: int = number(minimum=1)
+    max_fall: float | None = number(minimum=0)
+    confidence: float = number(minimum=0.5, maximum=0.9999)
+    max_length_ratio: float | None = number(above=1)
+    min_entropy_ratio: float | None = number(above=0, maximum=1)
+    max_repetition: float | None = number(above=0, maximum=1)
+    max_kl: float | None = number(above=0)
+
+
+@dataclass
+class StageMonitorConfig(MonitorConfig):
+    """The same in one stage, with how often it looks: in rollouts of ppo, in steps of the others."""
+
+    every: int = number(minimum=1)
+
+
+def _root_monitor() -> Any:
+    """The monitor of one stage: the root's, but for what the stage says."""
+    return StageMonitorConfig(**{spec.name: II(f"monitor.{spec.name}") for spec in fields(MonitorConfig)})
+
+
+@dataclass
 class SamplingConfig(StageConfig):
     """A stage that samples responses to prompts."""
 
@@ -379,6 +410,17 @@ class RMConfig(TrainingConfig):
 
     policy: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
+    # Its content is in the key, not where it lies.
+    benchmark: str | None = plain(in_key=False)
+    loss: str = choice("kwise", "plackett_luce")
+    margin: str = choice("none", "column", "rank", "gold")
+    margin_degrees: str = choice("small", "large")
+    margin_scale: float = number(above=0)
+    label_smoothing: float = number(minimum=0, maximum=0.49)
+    ties: str = choice("drop", "half")
+    centering: float = number(minimum=0)
+    num_heads: int = number(minimum=1, maximum=64)
+    stress_rows: int = number(minimum=0)
 
 
 @dataclass
@@ -389,6 +431,7 @@ class DPOConfig(TrainingConfig, SamplingConfig):
     reference: str = plain(in_key=False)
     beta: float = number(above=0)
     num_samples: int = number(minimum=0)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -402,6 +445,7 @@ class RSConfig(TrainingConfig, SamplingConfig):
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2)
     replay: float = number(minimum=0, maximum=0.9)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -427,6 +471,7 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
     value_clip_range: float = number(above=0)
     score_clip: float = number(above=0)
     missing_eos_penalty: float = number(minimum=0)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -440,6 +485,14 @@ class CollectConfig(SamplingConfig):
 
 
 @dataclass
+class PrejudiceConfig:
+    """Questions in which the name of a group is swapped."""
+
+    templates: str | None = plain(in_key=False)
+    groups: list[str] = plain()
+
+
+@dataclass
 class EvalConfig(SamplingConfig):
     """Score several policies on the same held-out prompts."""
 
@@ -447,8 +500,15 @@ class EvalConfig(SamplingConfig):
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    judge: str = choice("auto", TOY, "none")
+    win_rate_against: str | None = plain(in_key=False)
+    judge: str = choice(*JUDGES)
     num_prompts: int = number(minimum=1)
+    num_samples: int = number(minimum=1)
+    # What perplexity is measured on.
+    text_data: DataConfig = field(default_factory=_root_data)
+    text_rows: int = number(minimum=0)
+    max_length: int = number(minimum=2)
+    prejudice: PrejudiceConfig = field(default_factory=PrejudiceConfig)
 
 
 KINDS: dict[str, type[StageConfig]] = {
@@ -474,11 +534,15 @@ class Config:
     objective: str | None = plain()
     objective_direction: str = choice("auto", "maximize", "minimize")
     objective_allow_proxy: bool = plain()
+    # Read by gates.py: stage -> figure -> bound.
+    gates: dict[str, Any] = plain()
+    gate_action: str = choice("stop", "warn")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     stage: StageConfig | None = None
     stages: dict[str, StageConfig] = field(default_factory=dict)
     pipeline: PipelineConfig | None = None
@@ -512,6 +576,7 @@ def register() -> None:
         "launch": LaunchConfig,
         "adapter": AdapterConfig,
         "reward": RewardConfig,
+        "monitor": MonitorConfig,
         "pipeline": PipelineConfig,
     }
     for name, node in {**groups, **KINDS}.items():
@@ -568,10 +633,21 @@ def _relations(config: Any, path: str) -> Iterator[str]:
             f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
             f"{config.micro_batch_size}; nearest: {near}"
         )
+    if isinstance(config, MonitorConfig) and config.action == "restore" and config.judge == "none":
+        yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
     if isinstance(config, RSConfig | PPOConfig | EvalConfig):
         yield from _reward_relations(config, at)
+    yield from _stage_relations(config, at)
+
+
+def _stage_relations(config: Any, at: str) -> Iterator[str]:
+    if isinstance(config, RMConfig) and config.loss == "plackett_luce":
+        # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
+        for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
+            if getattr(config, key) != plain_value:
+                yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
     if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
@@ -594,7 +670,9 @@ def _reward_relations(config: "RSConfig | PPOConfig | EvalConfig", at: str) -> I
             f"{at}reward_model: is null, but the value model starts from it; name one, "
             f"with {at}reward.models.NAME=0 where it shall not count"
         )
-    if reward.ensemble != "sum" and (len(weights) < 2 or min(weights.values()) <= 0):
+    # Of one reward model the heads are the members that mean_minus_std hears.
+    members = 1 if reward.ensemble == "mean_minus_std" else 2
+    if reward.ensemble != "sum" and (len(weights) < members or min(weights.values()) <= 0):
         yield (
             f"{at}reward.ensemble: {reward.ensemble} needs two reward models or more, each with a weight above 0, "
             f"got {weights or 'none'}; name them in {at}reward.models"

@@ -21,8 +21,22 @@ POLICY_FIGURES: dict[str, str | None] = {
     "prejudice.reward_gap": "reward_model",
     "reward": "reward_model",
     "kl": "reference",
+    "kl_per_token": "reference",
+    "best_of_n": "reference",
+    "win_rate.gold": "judge",
+    "win_rate.reward": "reward_model",
+    "length_controlled_win_rate.gold": "judge",
+    "length_controlled_win_rate.reward": "reward_model",
+    "perplexity": None,
     "length": None,
+    "words": None,
     "finished": None,
+    "refusal": None,
+    "repetition": None,
+    "seq_rep_4": None,
+    "distinct_1": None,
+    "distinct_2": None,
+    "expectation_adjusted_distinct": None,
 }
 # Metrics that a stage ends with, by kind.
 STAGE_FIGURES: dict[str, tuple[str, ...]] = {
@@ -35,8 +49,25 @@ STAGE_FIGURES: dict[str, tuple[str, ...]] = {
     "eval": (),
 }
 # What the training itself pushes up; ranking by it is reward hacking by hyperparameter (arXiv:2210.10760).
-PROXIES = ("reward", "reward_mean", "reward_best")
-_LOW_IS_BEST = ("loss", "kl", "gap", "error", "without_eos")
+PROXIES = (
+    "reward",
+    "reward_mean",
+    "reward_best",
+    "win_rate.reward",
+    "length_controlled_win_rate.reward",
+)
+_LOW_IS_BEST = (
+    "loss",
+    "kl",
+    "kl_per_token",
+    "best_of_n",
+    "gap",
+    "error",
+    "without_eos",
+    "perplexity",
+    "repetition",
+    "seq_rep_4",
+)
 
 
 def check_objective(config: Config) -> None:
@@ -48,10 +79,10 @@ def check_objective(config: Config) -> None:
     objective = config.objective
     if objective is None:
         return
-    known = list(_figures(config))
+    known = list(known_figures(config))
     name, _, figure = objective.partition(".")
     if objective not in known:
-        raise ConfigError(f"objective: {_why_not(config, name, figure, known)}")
+        raise ConfigError(f"objective: {why_no_figure(config, name, figure)}")
     if figure in PROXIES and not config.objective_allow_proxy:
         gold = f"{name}.gold.overall"
         instead = f"take {gold}" if gold in known else "take a figure that it is not trained on"
@@ -69,7 +100,7 @@ def check_searchable(config: Config, sweeper: str) -> None:
     """
     judge = _judge(config)
     if config.objective is None and (judge is None or _lacks(judge, "gold.overall") is not None):
-        known = [item for item in _figures(config) if item.partition(".")[2] not in PROXIES]
+        known = [item for item in known_figures(config) if item.partition(".")[2] not in PROXIES]
         hint = f"for example objective={known[0]}" if known else "add an eval stage to pipeline.order"
         raise ConfigError(f"hydra/sweeper={sweeper}: there is no gold score to search by; {hint}")
 
@@ -102,13 +133,14 @@ def objective_value(
     """
     policies = {} if scorecard is None else scorecard["policies"]
     if objective is None:
-        return _select(list(policies.values())[-1], "gold.overall") if policies else None
+        return read_figure(list(policies.values())[-1], "gold.overall") if policies else None
     name, _, figure = objective.partition(".")
-    found = _select(policies.get(name), figure)
-    return _select(metrics.get(name), figure) if found is None else found
+    found = read_figure(policies.get(name), figure)
+    return read_figure(metrics.get(name), figure) if found is None else found
 
 
-def _select(figures: Any, path: str) -> float | None:
+def read_figure(figures: Any, path: str) -> float | None:
+    """The number at a dotted path of nested figures, or None where there is none."""
     for part in path.split("."):
         figures = figures.get(part) if isinstance(figures, Mapping) else None
     return float(figures) if isinstance(figures, int | float) else None
@@ -131,7 +163,11 @@ def _judge(config: Config) -> EvalConfig | None:
 def _lacks(judge: EvalConfig, figure: str) -> str | None:
     """What an eval stage lacks for a figure: a word that would give it, or None."""
     need = POLICY_FIGURES[figure]
-    if figure.startswith(("gold", "prejudice")) and (
+    if "win_rate" in figure and judge.win_rate_against is None:
+        return "a win_rate_against in the eval stage"
+    if figure == "perplexity" and judge.text_rows == 0:
+        return "text_rows above 0 in the eval stage"
+    if (need == "judge" or figure.startswith("prejudice")) and (
         judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
     ):
         return "data=toy, since the gold judge knows the embedded world alone"
@@ -142,8 +178,8 @@ def _lacks(judge: EvalConfig, figure: str) -> str | None:
     return None
 
 
-def _figures(config: Config) -> Iterator[str]:
-    """Every objective that this configuration can have."""
+def known_figures(config: Config) -> Iterator[str]:
+    """Every `STAGE.FIGURE` that a run of this configuration ends with."""
     judge = _judge(config)
     if judge is not None:
         for policy in judge.policies:
@@ -152,8 +188,9 @@ def _figures(config: Config) -> Iterator[str]:
         yield from (f"{name}.{figure}" for figure in STAGE_FIGURES[stage.kind])
 
 
-def _why_not(config: Config, name: str, figure: str, known: list[str]) -> str:
-    judge = _judge(config)
+def why_no_figure(config: Config, name: str, figure: str) -> str:
+    """Why a run of this configuration has no such figure, and which it has instead."""
+    judge, known = _judge(config), list(known_figures(config))
     names = sorted({item.partition(".")[0] for item in known} | set(_stages(config)))
     if name not in names:
         near = nearest(name, names)

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alignpipe"
 # What everybody may use: words, errors, what a stage is told and what it leaves behind.
-BASE = {"config", "errors", "artifact", "task", "signals", "objective"}
+BASE = {"config", "errors", "artifact", "task", "signals", "objective", "gates"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "artifact": {"errors"},
     "signals": {"errors"},
     "objective": {"config", "errors"},
+    "gates": {"config", "errors", "objective"},
     "task": {"artifact", "config", "errors"},
     "processes": {"errors"},
     "toy": set(),
@@ -43,6 +44,7 @@ QUICK = (
     "artifact",
     "signals",
     "objective",
+    "gates",
     "task",
     "toy",
     "data",

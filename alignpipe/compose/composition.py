@@ -27,6 +27,7 @@ from alignpipe.compose.guards import check_values, check_words, hide_secrets
 from alignpipe.compose.strict import check_keys, own_problems
 from alignpipe.config import Config, problems, register
 from alignpipe.errors import ConfigError
+from alignpipe.gates import find_gates
 from alignpipe.objective import check_objective
 
 TASK_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError, RecursionError)
@@ -237,6 +238,7 @@ def _check_whole(config: Config) -> None:
         )
     check_values(config, built_in_folder(), UserFolder.folder)
     check_objective(config)
+    find_gates(config)
     found = list(own_problems(problems(config)))
     if found:
         raise ConfigError("; ".join(found[:20]))

@@ -161,9 +161,11 @@ def _training(config: Config, folders: list[Path | None]) -> Iterator[str]:
             continue
         known = [spec.name for spec in fields(KINDS[kind])]
         for key in values or {}:
+            if (kind, key) in read:
+                continue
             if key not in known:
                 yield f"there is no key '{at}.{key}'. {did_you_mean(key, known)}"
-            elif (kind, key) not in read:
+            else:
                 yield f"{at}.{key}: no stage reads it; set stages.NAME.{key} or stage.{key} instead"
 
 

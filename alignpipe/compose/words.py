@@ -20,12 +20,13 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
     "model": ("pretrained", CheckpointError),
     "data": ("file", DataError),
 }
-_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations)")
+_STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data)")
+# Sections whose keys are the user's own: Hydra wants a sign that they are new.
+_OPEN = re.compile(r"(gates|(.*\.)?reward\.models)(\..+)?")
 _TAKES_PATH = re.compile(
-    r"(.*\.)?(path|policy|reference|reward_model|function|gate\.model|chat_template|output_dir)"
+    r"(.*\.)?(path|policy|reference|reward_model|win_rate_against|templates|function|gate\.model|"
+    r"chat_template|output_dir)"
 )
-# A table whose keys are the user's own; Hydra takes a new key after ++ alone.
-_OPEN_TABLE = re.compile(r"(.*\.)?reward\.models(\..+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")
 
@@ -50,10 +51,12 @@ def rewrite(words: Iterable[str], options: Callable[[str], list[str]], *, multir
             rewritten += _group_words(key, value, options(key), multirun)
         elif equals and _STAGE_DATA.fullmatch(key):
             rewritten.append(_stage_data_word(key, value, multirun))
+        elif equals and _OPEN.fullmatch(key.lstrip("+")):
+            # A bound such as >=0.7 is not of Hydra's grammar without quotes.
+            plain = key.lstrip("+")
+            rewritten.append(f"++{plain}={value}" if parse(word) else f"++{plain}={quote(value)}")
         elif equals and _TAKES_PATH.fullmatch(key.lstrip("+")) and parse(word) is None:
             rewritten.append(f"{key}={quote(value)}")
-        elif equals and _OPEN_TABLE.fullmatch(key.lstrip("+")):
-            rewritten.append(f"++{key.lstrip('+')}={value}")
         else:
             rewritten.append(word)
     return rewritten

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, Text, messages_text
+from alignpipe.data.records import Degree, Demonstration, Prompt, Ranking, Record, Text, messages_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 
@@ -42,12 +42,14 @@ class RankedExample:
         ranks: One an example; 1 is best.
         gold: True worth of each, where it is known.
         prompt_length: Tokens of the prompt.
+        margin: By how much the best is better, where people said it.
     """
 
     examples: tuple[Example, ...]
     ranks: tuple[float, ...]
     gold: tuple[float, ...] | None
     prompt_length: int
+    margin: float | Degree | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,12 +121,17 @@ def encode_demonstrations(
 
 
 def encode_rankings(
-    records: Sequence[Ranking], tokenizer: Tokenizer, max_length: int, on_overflow: str
+    records: Sequence[Ranking],
+    tokenizer: Tokenizer,
+    max_length: int,
+    on_overflow: str,
+    *,
+    keep_tied: bool = False,
 ) -> Encoded[RankedExample]:
     """Encodes rankings; each response is one example, and all of a ranking have the same prompt.
 
     Responses that are equal in tokens are one, with the best of their ranks; a ranking in which no two
-    responses differ in rank teaches nothing and is left out.
+    responses differ in rank is left out, since it teaches nothing where ties are dropped.
 
     Args:
         records: The rankings.
@@ -132,6 +139,7 @@ def encode_rankings(
         max_length: Tokens an example may have, at least 2.
         on_overflow: For responses over it: `drop` them (and the ranking when fewer than two are left), `cut`
             the prompt from the left for all of them, then each from the right, or `error`.
+        keep_tied: Keep rankings whose responses are all tied too.
 
     Raises:
         DataError: One is over the length and that is an error, or none is left.
@@ -150,11 +158,11 @@ def encode_rankings(
                 first.setdefault(tuple(responses[index]), index)
         chosen = sorted(first.values())
         ranks = tuple(record.ranks[index] for index in chosen)
-        if len(set(ranks)) < 2:
+        if len(ranks if keep_tied else set(ranks)) < 2:
             return _Fit(None, length)
         examples = tuple(_example(prompt, responses[index]) for index in chosen)
         gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
-        return _Fit(RankedExample(examples, ranks, gold, len(prompt)), length)
+        return _Fit(RankedExample(examples, ranks, gold, len(prompt), record.margin), length)
 
     return _encode(records, fit, "max_length", max_length, on_overflow)
 

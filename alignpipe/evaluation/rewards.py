@@ -18,10 +18,14 @@ from alignpipe.artifact import read_manifest
 from alignpipe.config import RewardConfig, Rewarded, is_composed, reward_models, reward_weights
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import ConfigError
 from alignpipe.evaluation.reward_function import RewardFunction
 from alignpipe.losses.reward import ENSEMBLES, gated
-from alignpipe.rollout.score import Normalizer, response_scores
+from alignpipe.rollout.score import Normalizer, collapse, head_scores
 from alignpipe.training.context import Context
+
+# Of the figures that the terms of a reward are.
+TERM = "reward/"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class RewardModel:
         pad_id: of its tokenizer.
         batch_size: responses scored at once.
         context: precision to compute in.
+        uncertainty_penalty: of each score, in deviations over the heads.
     """
 
     model: PreTrainedModel
@@ -41,12 +46,15 @@ class RewardModel:
     pad_id: int
     batch_size: int
     context: Context
+    uncertainty_penalty: float = 0.0
 
     def __call__(self, examples: Sequence[Example]) -> NDArray[np.float64]:
         """Normalised scores (N,) of prompts with responses."""
         with self.context.autocast():
-            scores = response_scores(self.model, examples, self.pad_id, self.batch_size, self.normalizer)
-        return scores.double().numpy()
+            raw = head_scores(self.model, examples, self.pad_id, self.batch_size)
+        if self.uncertainty_penalty == 0:
+            return self.normalizer(raw.mean(1)).double().numpy()
+        return collapse(self.normalizer.of_heads(raw), self.uncertainty_penalty).double().numpy()
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Scored:
     @property
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """Each term under the name of its figure."""
-        return {f"reward/{name}": values for name, values in self.terms.items()}
+        return {f"{TERM}{name}": values for name, values in self.terms.items()}
 
     @property
     def figures(self) -> dict[str, float]:
@@ -87,6 +95,7 @@ class Reward:
         context: of the stage.
         tokenizer: that all of them share.
         batch_size: responses that a reward model scores at once.
+        head_penalty: deviations between the heads of a reward model that are taken off its score.
     """
 
     config: RewardConfig
@@ -96,12 +105,13 @@ class Reward:
     context: Context
     tokenizer: Tokenizer
     batch_size: int
+    head_penalty: float = 0.0
 
     @cached_property
     def models(self) -> dict[str, "RewardModel"]:
         """The reward models, by name."""
         return {
-            name: load_reward_model(self.context, self.tokenizer, self.batch_size, role)
+            name: load_reward_model(self.context, self.tokenizer, self.batch_size, role, self.head_penalty)
             for name, role in self.roles.items()
         }
 
@@ -112,14 +122,14 @@ class Reward:
         return found[0].normalizer if found else Normalizer()
 
     def __call__(
-        self, prompts: Sequence[str], examples: Sequence[Example], responses: Sequence[str]
+        self, prompts: Sequence[str], responses: Sequence[str], examples: Sequence[Example]
     ) -> Scored:
         """Reward N responses.
 
         Args:
             prompts: texts.
-            examples: prompts with responses, as tokens.
             responses: texts.
+            examples: prompts with responses, as tokens.
 
         Raises:
             AlignpipeError: the user's function fails.
@@ -138,6 +148,12 @@ class Reward:
             total.numpy(),
             {name: term.numpy() for name, term in terms.items()} if is_composed(self.config) else {},
         )
+
+    def rewards(
+        self, prompts: Sequence[str], responses: Sequence[str], examples: Sequence[Example]
+    ) -> NDArray[np.float64]:
+        """The rewards alone, (N,)."""
+        return self(prompts, responses, examples).rewards
 
     def _sum(self, scores: dict[str, Tensor], count: int) -> Tensor:
         if not self.weights:
@@ -161,6 +177,7 @@ def load_reward(
 
     Raises:
         CheckpointError: a reward model has another tokenizer.
+        ConfigError: an ensemble of one reward model with one head.
         AlignpipeError: the user's file cannot be loaded.
     """
     roles = {name: role for role, name in reward_models(config, prefix).items()}
@@ -168,16 +185,29 @@ def load_reward(
         context.check_same_tokens(role, tokenizer)
     source = context.task.functions.get(f"{prefix}reward")
     function = None if source is None else RewardFunction(source)
-    return Reward(config.reward, reward_weights(config), roles, function, context, tokenizer, batch_size)
+    weights, penalty = reward_weights(config), 0.0
+    if config.reward.ensemble == "mean_minus_std" and len(weights) == 1:
+        # Of one reward model the members are its heads.
+        (name,), penalty = weights, config.reward.uncertainty_penalty
+        if not read_normalizer(context.model(roles[name]).folder()).head_means:
+            raise ConfigError(
+                f"{context.task.name}: reward.ensemble=mean_minus_std needs members that can disagree, but {name} has "
+                f"one head; train it with num_heads above 1, or name more reward models in reward.models"
+            )
+    return Reward(config.reward, weights, roles, function, context, tokenizer, batch_size, penalty)
 
 
 def load_reward_model(
-    context: Context, tokenizer: Tokenizer, batch_size: int, role: str = "reward_model"
+    context: Context,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    role: str = "reward_model",
+    uncertainty_penalty: float = 0.0,
 ) -> RewardModel:
-    """The frozen reward model of a stage."""
-    model = context.load_scalar_model(role, tokenizer, frozen=True)
+    """The frozen reward model of a stage; a penalty above 0 asks how far its heads differ."""
+    model = context.load_scalar_model(role, tokenizer, all_heads=uncertainty_penalty > 0, frozen=True)
     normalizer = read_normalizer(context.model(role).folder())
-    return RewardModel(model, normalizer, tokenizer.pad_id, batch_size, context)
+    return RewardModel(model, normalizer, tokenizer.pad_id, batch_size, context, uncertainty_penalty)
 
 
 def read_normalizer(folder: Path) -> Normalizer:

@@ -4,12 +4,21 @@ node -> records of its share -> a sample of them encoded -> rows used, warnings
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from alignpipe.config import TINY, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
+from alignpipe.config import (
+    TINY,
+    CollectConfig,
+    Config,
+    DPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RMConfig,
+    RSConfig,
+)
 from alignpipe.data.encoding import (
     Encoded,
     Example,
@@ -19,6 +28,7 @@ from alignpipe.data.encoding import (
     encode_rankings,
     encode_texts,
 )
+from alignpipe.data.margins import check_margins
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records, readable_types
@@ -43,6 +53,7 @@ class Rows:
         shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
         mean: tokens of a row, of one response's in rankings.
         responses: of a prompt, at most; 0 where they are not ranked.
+        share: rows of its share that fit, before the stage's own limit.
     """
 
     used: int | None = None
@@ -51,6 +62,7 @@ class Rows:
     shortest_prompt: int = 0
     mean: float = 0.0
     responses: int = 0
+    share: int | None = None
 
 
 def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
@@ -77,6 +89,8 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
             f"({ref.share}); give more rows or change data.shares"
         )
+    if isinstance(node.config, RMConfig):
+        check_margins([record for record in records if isinstance(record, Ranking)], node.config, node.name)
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
     examples, left, limit = _encoded(node, sample, tokenizer)
@@ -88,8 +102,29 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"{node.name}: about {share_over:.1%} of its rows are over {limit} and {_fate(ref)}; "
             f"see data.on_overflow and {limit.split('=')[0]}"
         )
-    rows.used = _capped(node, round(_units(want, records, node) * (left / total if total else 1.0)))
+    rows.share = round(_units(want, records, node) * (left / total if total else 1.0))
+    rows.used = _capped(node, rows.share)
     return rows
+
+
+def judged_twice(graph: Graph, counted: Mapping[str, Rows]) -> list[str]:
+    """A sentence for each monitor that must look at prompts which an eval stage asks too."""
+    found = []
+    for judge in graph.order:
+        rows = counted[judge.name]
+        if not isinstance(judge.config, EvalConfig) or rows.share is None or rows.used is None:
+            continue
+        for node in graph.order:
+            if not isinstance(node.config, RSConfig | PPOConfig | DPOConfig):
+                continue
+            monitor, same = node.config.monitor, node.data["data"].name == judge.data["data"].name
+            both = rows.used + min(monitor.num_prompts, rows.share) - rows.share
+            if monitor.action != "none" and same and both > 0:
+                found.append(
+                    f"{node.name}: {both} of the prompts that its monitor looks at are asked by {judge.name} "
+                    f"too, since the evaluation share has {rows.share}; lower num_prompts of one of the two"
+                )
+    return found
 
 
 def base_tokenizer(config: Config, chat_template: str) -> Tokenizer:

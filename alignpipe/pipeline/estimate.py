@@ -172,10 +172,11 @@ def _effort(
         return _sampled(config, shape, rows.used, config.num_samples, rows.mean, setting)
     if isinstance(config, EvalConfig):
         total = rows.mean + config.max_response_length
-        asked = _sampled(config, shape, rows.used, 1, rows.mean, setting)
+        asked = _sampled(config, shape, rows.used, config.num_samples, rows.mean, setting)
         # Scored by the reward models, and by policy and reference for their KL.
         passes = len(reward_models(config)) + 2
-        return (asked + _read(shape, rows.used * total, total, passes)).times(len(config.policies))
+        scored = _read(shape, rows.used * config.num_samples * total, total, passes)
+        return (asked + scored).times(len(config.policies))
     return None if steps is None else _learning_effort(config, shape, rows, rows.used, steps, setting)
 
 

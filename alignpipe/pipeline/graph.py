@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from alignpipe.artifact import POLICY_KINDS
 from alignpipe.config import (
     BASE,
+    JUDGES,
     LATEST,
     TINY,
     TOY,
@@ -21,13 +22,17 @@ from alignpipe.config import (
     DataConfig,
     EvalConfig,
     PPOConfig,
+    RMConfig,
     RSConfig,
     StageConfig,
+    StageMonitorConfig,
     is_composed,
     reward_models,
 )
+from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
+from alignpipe.data.reward_bench import read_reward_bench
 from alignpipe.data.sources import DataSource, find_source, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.functions import find_function
@@ -51,7 +56,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "rs": ("policy", "reward_model"),
     "ppo": ("policy", "reference", "reward_model"),
     "dpo": ("policy", "reference"),
-    "eval": ("reference", "reward_model"),
+    "eval": ("reference", "reward_model", "win_rate_against"),
 }
 SHARE = {
     "sft": "sft",
@@ -71,11 +76,21 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "eval": ("prompts",),
 }
 DEMONSTRATIONS = "demonstrations"
+BENCHMARK = "benchmark"
+# The reward model that watches a training which another one steers; its key stands under `monitor`.
+JUDGE = "judge"
+TEXT_DATA = "text_data"
+TEMPLATES = "templates"
 
 
 def is_reward(role: str) -> bool:
-    """Whether a role is a reward model's: `reward_model`, `reward_0`, ..."""
+    """Whether a role is a reward model's that a stage is trained on: `reward_model`, `reward_0`, ..."""
     return role.startswith("reward_")
+
+
+def is_scorer(role: str) -> bool:
+    """Whether a role is a reward model's: one that is trained on, or the one that watches."""
+    return is_reward(role) or role == JUDGE
 
 
 @dataclass
@@ -231,7 +246,11 @@ class _Resolver:
         self._add_reward(node)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
         self._add_demonstrations(node)
+        self._add_benchmark(node)
+        self._add_text(node)
+        self._add_templates(node)
         self._check_judge(node)
+        self._add_monitor(node)
         return node
 
     def _key(self, stage: str, key: str) -> str:
@@ -254,7 +273,11 @@ class _Resolver:
         elif is_hub_id(label):
             ref = ModelRef(label, label, resolve_revision(label, None))
         else:
-            known = [BASE, *self.stages, *(f"{LATEST}/{name}" for name in newest_stages(self.store))]
+            known = [
+                *(JUDGES if role == JUDGE else (BASE,)),
+                *self.stages,
+                *(f"{LATEST}/{name}" for name in newest_stages(self.store)),
+            ]
             raise ConfigError(
                 f"{key}: {label!r} is no stage, run, folder or hub id. {did_you_mean(label, known)}"
             )
@@ -286,7 +309,7 @@ class _Resolver:
         return ModelRef(label, kind=self.stages[label].kind, stage=label)
 
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
-        scores = is_reward(role)
+        scores = is_scorer(role)
         wanted = ("rm",) if scores else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
             raised = ConfigError if ref.stage is not None else CheckpointError
@@ -298,13 +321,12 @@ class _Resolver:
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
                 )
-                raise CheckpointError(
-                    f"{key}: {ref.name} holds {held}, which is no {'reward model' if scores else role}"
-                )
+                wanted_model = "reward model" if scores else "policy"
+                raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {wanted_model}")
         return ref
 
     def _offer(self, role: str) -> str:
-        wanted = "rm" if is_reward(role) else "sft"
+        wanted = "rm" if is_scorer(role) else "sft"
         for run in self.store.runs():
             for stage in run_stages(run):
                 if stage["kind"] == wanted and self.store.find(stage["kind"], stage["key"]) is not None:
@@ -380,6 +402,55 @@ class _Resolver:
             key = self._key(node.name, "reward.function")
             node.functions["reward"] = find_function(key, config.reward.function)
 
+    def _add_benchmark(self, node: Node) -> None:
+        """A stage rm is scored on a benchmark's file where one is named; it is read whole here, before any step."""
+        config = node.config
+        if not isinstance(config, RMConfig):
+            return
+        if config.margin == "column" and node.data["data"].stage is not None:
+            raise ConfigError(
+                f"{self._key(node.name, 'margin')}: collect ranks and gives no column of margins; take rank or gold"
+            )
+        if config.benchmark is not None:
+            source = find_source(config.benchmark, config.data)
+            if source.kind != "file" or Path(source.path).is_dir():
+                key = self._key(node.name, "benchmark")
+                raise ConfigError(
+                    f"{key}: {config.benchmark} is no file; download it, and give the .jsonl or .parquet"
+                )
+            read_reward_bench(Path(source.path))
+            node.data[BENCHMARK] = DataRef(config.benchmark, config.data, source, "all")
+
+    def _add_text(self, node: Node) -> None:
+        """An eval measures perplexity on held-out demonstrations or documents, where there are any."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.text_rows == 0:
+            return
+        text = config.text_data
+        source = find_source(text.path, text)
+        if set(WANTED["sft"]) & readable_types(source):
+            node.data[TEXT_DATA] = DataRef(text.path, text, source, "eval")
+        elif text.path != self.config.data.path:
+            key = self._key(node.name, f"{TEXT_DATA}.path")
+            raise DataError(
+                f"{key}: {text.path} holds neither demonstrations nor texts to measure perplexity on"
+            )
+
+    def _add_templates(self, node: Node) -> None:
+        """A file of templates is read whole before anything runs."""
+        config = node.config
+        if not isinstance(config, EvalConfig) or config.prejudice.templates is None:
+            return
+        name = config.prejudice.templates
+        source = find_source(name, config.data)
+        if source.kind != "file":
+            key = self._key(node.name, "prejudice.templates")
+            raise DataError(
+                f"{key}: {name} is no file; give a .jsonl file of rows with a prompt that holds {{group}}"
+            )
+        read_templates(Path(source.path), config.prejudice.groups)
+        node.data[TEMPLATES] = DataRef(name, config.data, source, "all")
+
     def _check_judge(self, node: Node) -> None:
         """The gold judge knows the embedded world alone."""
         judge = getattr(node.config, "judge", None)
@@ -392,3 +463,29 @@ class _Resolver:
                 else f"set {key}=auto"
             )
             raise ConfigError(f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; {mend}")
+
+    def _add_monitor(self, node: Node) -> None:
+        """A judge by name is one more model of the stage; what is trained on cannot be its own judge."""
+        config: StageMonitorConfig | None = getattr(node.config, "monitor", None)
+        if config is None or config.action == "none":
+            return
+        source, key = node.data["data"].source, self._key(node.name, "monitor.judge")
+        # A collect stage samples responses to prompts of the embedded world.
+        toy = source is None or source.kind in (TOY, "collect")
+        if config.judge not in JUDGES:
+            judge = node.models[JUDGE] = self._model(node.name, JUDGE, config.judge, "monitor.judge")
+            trained_on = {(ref.stage, ref.path) for role, ref in node.models.items() if is_reward(role)}
+            if (judge.stage, judge.path) in trained_on:
+                raise ConfigError(
+                    f"{key}: {config.judge} is what {node.name} is trained on, and rises with it; "
+                    f"name a reward model that learnt from other labels"
+                )
+        elif config.judge == TOY and not toy:
+            raise ConfigError(
+                f"{key}: the gold judge needs data=toy, not {node.data['data'].name}; name a reward model instead"
+            )
+        elif config.action == "restore" and not toy:
+            raise ConfigError(
+                f"{key}: {config.judge} is nobody here, and restore goes back to what a judge liked best; "
+                f"name a reward model that learnt from other labels, or set monitor.action=stop"
+            )

@@ -16,12 +16,12 @@ from alignpipe.data.sources import content_hash
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.graph import JUDGE, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
-VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 1}
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 2}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
 # More differences than this explain nothing.
@@ -51,9 +51,13 @@ def _inputs(
 ) -> dict[str, object]:
     settings = semantic(node.config)
     data = {
-        role: _data_inputs(ref, settings.pop(role), node, graph, hashes) for role, ref in node.data.items()
+        # A file of templates has no settings of its own.
+        role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
+        for role, ref in node.data.items()
     }
-    settings.pop("demonstrations", None)
+    for role in ("demonstrations", "text_data"):
+        settings.pop(role, None)
+    _reduce_monitor(settings, node)
     reward = settings.pop("reward", None)
     if node.rewarded:
         settings["reward"] = _reward_inputs(reward, node)
@@ -84,6 +88,14 @@ def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:
     return {name: reward[name] for name, used in takes_part.items() if used}
 
 
+def _reduce_monitor(settings: dict[str, Any], node: Node) -> None:
+    """A monitor that never looks decides nothing; a judge by name stands among the models."""
+    if settings.get("monitor", {}).get("action") == "none":
+        settings.pop("monitor")
+    elif JUDGE in node.models:
+        settings["monitor"].pop("judge")
+
+
 def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) -> str:
     if ref.stage is not None:
         return graph.nodes[ref.stage].key
@@ -106,10 +118,10 @@ def _data_inputs(
 ) -> dict[str, Any]:
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
-        settings.pop("world")
+        settings.pop("world", None)
     toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
     if not toy_ranker:
-        settings.pop("labelers")
+        settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 
 

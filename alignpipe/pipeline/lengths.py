@@ -6,7 +6,7 @@ A stage keeps its own lengths unless the model has fewer positions; then prompt 
 import json
 from dataclasses import replace
 
-from alignpipe.config import TINY, Config, SamplingConfig, StageConfig, TrainingConfig
+from alignpipe.config import TINY, Config, EvalConfig, SamplingConfig, StageConfig, TrainingConfig
 from alignpipe.errors import CheckpointError
 from alignpipe.pipeline.hub import model_folder
 
@@ -34,7 +34,7 @@ def fit_lengths(config: Config) -> tuple[Config, list[str]]:
 
 
 def _fitted(stage: StageConfig, positions: int) -> StageConfig:
-    if isinstance(stage, TrainingConfig) and stage.max_length > positions:
+    if isinstance(stage, TrainingConfig | EvalConfig) and stage.max_length > positions:
         stage = replace(stage, max_length=positions)
     if isinstance(stage, SamplingConfig) and stage.max_prompt_length + stage.max_response_length > positions:
         response = min(stage.max_response_length, positions // 2)

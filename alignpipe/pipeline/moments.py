@@ -66,15 +66,20 @@ def _rm(config: RMConfig, models: dict[str, Architecture], work: Work, setting: 
 
 
 def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reference is gone before the policy is opened: its log-probs are computed once and kept."""
+    """The reference is gone before the policy is opened: its log-probs are computed once and kept.
+
+    A monitor opens it again.
+    """
     policy, reference = Role(models["policy"]), Role(models["reference"])
     one = training_batch(config, work, setting)
     both = replace(one, rows=2 * one.rows)
-    held = held_memory(setting, trained=[policy])
-    alone = replace(held, optimizer=0.0)
+    watching = _watching(config, models, reference)
+    held = held_memory(setting, trained=[policy], frozen=watching)
+    alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
         scoring_moment(held_memory(setting, frozen=[reference]), reference, one, setting),
         *training_moments(held, policy, both, config, setting),
+        *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
     ]
@@ -84,7 +89,7 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
     """The reward models stay in memory while their choices are learnt."""
     policy, rewards = Role(models["policy"]), _rewards(models)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
-    held = held_memory(setting, trained=[policy], frozen=rewards)
+    held = held_memory(setting, trained=[policy], frozen=[*rewards, *_watching(config, models, policy)])
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
     scored = Batch(config.micro_batch_size, length)
@@ -94,6 +99,7 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
         ),
         *(scoring_moment(replace(held, optimizer=0.0), reward, scored, setting) for reward in rewards),
         *training_moments(held, policy, batch, config, setting),
+        *_looks(config, held, policy, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
     ]
 
@@ -101,9 +107,9 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """Four models and two optimizers at once, and further reward models; one of the two has its gradients at a time."""
     policy, value = Role(models["policy"]), Role(models["reward_model"], scalar=True)
-    held = held_memory(
-        setting, trained=[policy, value], frozen=[Role(models["reference"]), *_rewards(models)]
-    )
+    reference = Role(models["reference"])
+    judge = _watching(config, models, reference)[1:]
+    held = held_memory(setting, trained=[policy, value], frozen=[reference, *_rewards(models), *judge])
     prompt = min(work.longest, config.max_prompt_length)
     length = prompt + config.max_response_length
     # Every process holds the whole rollout, so that all whiten it alike.
@@ -114,12 +120,32 @@ def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting
     scalar = replace(batch, columns=0)
     return [
         *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
+        *_looks(config, held, policy, setting),
         scoring_moment(held, policy, batch, setting),
         scoring_moment(held, value, scalar, setting),
         *training_moments(held, policy, batch, config, setting),
         *training_moments(held, value, scalar, config, setting),
         check_moment(held, policy, setting),
     ]
+
+
+def _watching(
+    config: PPOConfig | DPOConfig | RSConfig, models: dict[str, Architecture], reference: Role
+) -> list[Role]:
+    """What a monitor holds: the model that KL is taken against, and a judge that is a reward model."""
+    if config.monitor.action == "none":
+        return []
+    return [reference, *([Role(models["judge"], scalar=True)] if "judge" in models else [])]
+
+
+def _looks(
+    config: PPOConfig | DPOConfig | RSConfig, held: Memory, policy: Role, setting: Setting
+) -> list[Memory]:
+    """A monitor samples while the moments of AdamW wait."""
+    monitor = config.monitor
+    prompts = 0 if monitor.action == "none" else monitor.num_prompts
+    longest = config.max_prompt_length
+    return sampling_moments(held, policy, config, longest, prompts, monitor.num_samples, setting)
 
 
 def _collect(
@@ -133,27 +159,28 @@ def _collect(
 
 
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The last policy stays while the next is opened, and through the KL, where policy and reference join it."""
+    """One policy at a time beside the reward model, then the reference in its place."""
     policy = Role(models["policy"])
-    frozen = _rewards(models)
-    several = len(config.policies) > 1
-    held = replace(held_memory(setting, trained=[policy], frozen=frozen), optimizer=0.0)
+    rewards = _rewards(models)
+    held = replace(held_memory(setting, trained=[policy], frozen=rewards), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
-    moments = sampling_moments(held, policy, config, work.longest, config.num_prompts, 1, setting)
-    moments += [scoring_moment(held, reward, replace(batch, columns=0), setting) for reward in frozen]
+    moments = sampling_moments(
+        held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
+    )
+    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in rewards]
     if "reference" in models:
-        compared = [*frozen, Role(models["reference"]), policy]
-        moments.append(
-            scoring_moment(
-                replace(held_memory(setting, trained=[policy], frozen=compared), optimizer=0.0),
-                policy,
-                batch,
-                setting,
-            )
-        )
-    extra = (3 if "reference" in models else 1) * several
-    return [*moments, held.plus("open", weights=extra * held.weights)]
+        reference = Role(models["reference"])
+        beside = held_memory(setting, frozen=[*rewards, reference])
+        moments.append(scoring_moment(held, policy, batch, setting))
+        moments.append(scoring_moment(beside, reference, batch, setting))
+    if config.text_rows:
+        # As many tokens as a batch of the longest responses has, all of them learnt where the text is documents.
+        longest = config.max_length
+        room = config.generation_batch_size * (config.max_prompt_length + config.max_response_length)
+        rows = min(config.text_rows, max(1, room // longest))
+        moments.append(scoring_moment(held, policy, Batch(rows, longest, longest), setting))
+    return moments
 
 
 MOMENTS: dict[str, Callable[..., list[Memory]]] = {

@@ -31,7 +31,7 @@ from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
-from alignpipe.pipeline.counts import Rows, count_rows
+from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
 from alignpipe.pipeline.graph import Graph, Node, build_graph, is_reward
 from alignpipe.pipeline.hub import model_folder
@@ -135,9 +135,9 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
             f"{config.model.path}: no tokenizer.json in it, so rows and tokens are unknown; "
             f"memory is for the longest rows that the configuration allows"
         )
-    rows = []
+    rows, counts = [], {}
     for node in graph.order:
-        counted = (
+        counted = counts[node.name] = (
             count_rows(node, graph, config, chat_template) if readable and node.name not in reused else Rows()
         )
         warnings += counted.warnings + _warnings(node, graph)
@@ -149,6 +149,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
             row.estimate = estimate(node, models, counted, row.steps, setting, machine)
         warnings += _misfit(node, row, config, setting, machine)
         rows.append(row)
+    warnings += judged_twice(graph, counts)
     trained = [row for row in rows if row.steps is not None and row.state != "reuse"]
     needed = sum(row.disk for row in rows if row.state != "reuse")
     needed += STATE_COPIES * max((row.disk for row in trained), default=0)

@@ -6,7 +6,7 @@ Config -> plan (every check) -> run folder -> each stage in order -> scorecard a
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.config import Config, check
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
+from alignpipe.gates import find_gates
 from alignpipe.objective import objective_value
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import why_not_reused
@@ -82,6 +83,7 @@ class Runner:
         self._console = console
         self._store = Store(Path(config.output_dir).absolute())
         self._stop = StopSignal()
+        self._gates = find_gates(config)
 
     def run(self) -> Done:
         """Plan, then run the stages."""
@@ -97,6 +99,7 @@ class Runner:
                 self._stop.check()
                 if self._config.launch.machine_rank == 0:
                     self._bring(node)
+                    self._pass(node.name, self._metrics(node))
                 else:
                     self._join(node)
             if self._config.launch.machine_rank > 0:
@@ -104,8 +107,23 @@ class Runner:
             self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
             scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
         print_scorecard(scorecard, self._folder, Console(highlight=False))
+        for name, figures in ({} if scorecard is None else scorecard["policies"]).items():
+            self._pass(name, figures, of_policy=True)
         metrics = {node.name: self._metrics(node) for node in self._plan.graph.order}
         return Done(self._plan.run, objective_value(self._config.objective, scorecard, metrics))
+
+    def _pass(self, name: str, figures: Mapping[str, Any], *, of_policy: bool = False) -> None:
+        """Go through the gates of a stage that has ended, or of a policy that was judged.
+
+        Raises:
+            AlignpipeError: one of them is shut, and the run is to stop there.
+        """
+        mine = [gate for gate in self._gates if gate.stage == name and gate.of_policy == of_policy]
+        shut = [why for gate in mine if (why := gate.why_shut(figures)) is not None]
+        if shut and self._config.gate_action == "stop":
+            raise AlignpipeError(f"{'; '.join(shut)}; mend the stage, or go on with gate_action=warn")
+        for why in shut:
+            self._say(f"warning: {why}")
 
     def _open_folder(self) -> None:
         """Make or reopen the run's folder.

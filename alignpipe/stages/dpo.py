@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from alignpipe.config import DPOConfig, num_steps
 from alignpipe.data.collate import collate
@@ -18,6 +19,7 @@ from alignpipe.data.encoding import Example, RankedExample, encode_rankings
 from alignpipe.data.records import Ranking
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.dpo import dpo_loss
 from alignpipe.models.forward import batch_logprobs
@@ -80,13 +82,18 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     def evaluate() -> dict[str, float]:
         return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
-    after = fit(policy, pairs, loss_fn, config, context, evaluate)
+    def reference() -> PreTrainedModel:
+        return context.load_policy("reference", tokenizer, frozen=True)
+
+    monitor = load_monitor(config, context, tokenizer, policy, reference)
+    after = fit(policy, pairs, loss_fn, config, context, evaluate, monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
     log_samples(policy, tokenizer, config, context, num_steps(config, len(pairs)))
     return {
         "rows": len(pairs),
         "eval_loss": after.get("loss"),
         "eval_accuracy": after.get("rewards/accuracies"),
+        **monitor.summary(),
     }
 
 

@@ -1,163 +1,204 @@
-"""Score several policies on the same held-out prompts: gold, reward, KL to the reference, length, prejudice.
+"""Score several policies on the same held-out prompts, by more than their reward; docs/evaluation.md has each figure.
 
-policies, evaluation prompts -> one sampled response each -> figures a policy, gains between neighbours
+policies, evaluation prompts -> sampled responses -> figures a policy with intervals, gains between neighbours
+
+One policy is in memory at a time, and what it gets does not depend on which others stand beside it.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.artifact import write_json
-from alignpipe.config import TOY, EvalConfig, has_reward
-from alignpipe.data.encoding import Example, encode_prompts
-from alignpipe.data.records import Message, Prompt, prompt_text
+from alignpipe.config import EvalConfig, has_reward
+from alignpipe.data.counterfactuals import Template, answered
+from alignpipe.data.encoding import Example, encode_demonstrations
+from alignpipe.data.records import Demonstration, Message
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import DataError
-from alignpipe.evaluation.gold import MEASURES, gold_scores
-from alignpipe.evaluation.prejudice import group_gaps, swapped_prompts
+from alignpipe.evaluation.figures import (
+    Figures,
+    column_figures,
+    gains,
+    perplexity,
+    variety_figures,
+    win_figures,
+    written,
+)
+from alignpipe.evaluation.prejudice import group_gaps
+from alignpipe.evaluation.questions import Asked, Questions, gather
+from alignpipe.evaluation.response_measures import Columns, response_columns
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import Reward, load_reward
-from alignpipe.evaluation.statistics import mean_interval, paired_interval
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 
 SCORES = "scores.json"
-Columns = dict[str, NDArray[np.float64]]
+# What a gap between groups is measured in -> its column.
+GAPS = {"gold": "gold.overall", "reward": "reward", "refusal": "refusal"}
+
+
+@dataclass
+class Measured:
+    """What one policy said, and what needed the policy itself to be told.
+
+    Attributes:
+        responses: to the held-out prompts.
+        columns: one value a response.
+        logprobs: (N * K,) float32, of its responses.
+        perplexity: on the held-out text, by name.
+        prejudice: gaps between groups; None without loaded questions.
+    """
+
+    responses: list[list[Response]]
+    columns: Columns
+    logprobs: NDArray[np.float32]
+    perplexity: Figures
+    prejudice: dict[str, Any] | None
 
 
 def run(config: EvalConfig, context: Context) -> dict[str, Any]:
     """Write `scores.json`: a list of policies in the order of the configuration."""
     tokenizer = context.tokenizer("policy_0")
-    records = context.records("data", config.data, Prompt)
-    encoded = encode_prompts(records, tokenizer, config.max_prompt_length, "drop")
-    prompts = encoded.examples[: config.num_prompts]
-    if not prompts:
-        raise DataError(
-            f"{context.task.name}: no prompt in the evaluation share; add rows or raise data.shares.eval"
-        )
-    texts = [prompt_text(records[index]) for index in encoded.kept[: len(prompts)]]
-    judged = config.judge == TOY or (config.judge == "auto" and context.task.data["data"].kind == TOY)
-    swaps = swapped_prompts([prompt_text(record) for record in records]) if judged else []
-    swapped = (
-        encode_prompts(
-            [Prompt((Message("user", swap.prompt),)) for swap in swaps],
-            tokenizer,
-            config.max_prompt_length,
-            "error",
-        ).examples
-        if swaps
-        else []
-    )
-    reward = (
-        load_reward(config, context, tokenizer, config.generation_batch_size) if has_reward(config) else None
-    )
+    roles, opponent = _contestants(config, context)
+    for role in [*roles, *(["reference"] if config.reference is not None else [])]:
+        context.check_same_tokens(role, tokenizer)
+    asked = gather(config, context, tokenizer)
+    size = config.generation_batch_size
+    reward = load_reward(config, context, tokenizer, size) if has_reward(config) else None
 
-    answers: list[list[Response]] = []
-    columns: list[Columns] = []
-    gaps: list[dict[str, float] | None] = []
-    for index in range(len(config.policies)):
-        context.check_same_tokens(f"policy_{index}", tokenizer)
-        policy = context.load_policy(f"policy_{index}", tokenizer)
-        policy.train(False)
-        rows = [row[0] for row in respond(policy, tokenizer, prompts, 1, config, context, f"policy_{index}")]
-        columns.append(_columns(texts, prompts, rows, reward, judged))
-        gaps.append(None)
-        if swaps:
-            replies = [
-                row[0]
-                for row in respond(policy, tokenizer, swapped, 1, config, context, f"policy_{index}_swapped")
-            ]
-            measured = _columns([swap.prompt for swap in swaps], swapped, replies, reward, judged)
-            wanted = {
-                key: measured[column]
-                for key, column in (("gold", "overall"), ("reward", "reward"))
-                if column in measured
-            }
-            gaps[-1] = group_gaps(swaps, [reply.text for reply in replies], wanted)
-        answers.append(rows)
-    _add_kl(config, context, tokenizer, prompts, answers, columns)
+    measured = {role: _measure(role, config, context, tokenizer, asked, reward) for role in roles}
+    _add_kl(config, context, tokenizer, asked.held_out, list(measured.values()))
 
-    policies = [_summary(column, gap) for column, gap in zip(columns, gaps, strict=True)]
-    scores = {"num_prompts": len(prompts), "policies": policies, "gains": _gains(columns)}
+    policies = list(measured.values())[: len(config.policies)]
+    scores = {
+        "num_prompts": len(asked.held_out.texts),
+        "policies": [
+            written(
+                column_figures(found.columns)
+                | variety_figures(found.responses, tokenizer.vocab_size)
+                | found.perplexity
+                | (win_figures(found.columns, measured[opponent].columns) if opponent is not None else {}),
+                found.prejudice,
+            )
+            for found in policies
+        ],
+        "gains": gains([found.columns for found in policies]),
+        "reward_model": {"prejudice": _reward_gaps(config, tokenizer, asked.templates, reward)},
+    }
     processes.from_main(lambda: write_json(context.result / SCORES, scores))
-    for name, rows in zip(config.policies, answers, strict=True):
-        shown = zip(texts[:4], rows[:4], strict=True)
+    for name, found in zip(config.policies, policies, strict=True):
+        shown = zip(asked.held_out.texts[:4], found.responses[:4], strict=True)
         context.metrics.samples(
-            0, [{"policy": name, "prompt": text, "response": row.text} for text, row in shown]
+            0, [{"policy": name, "prompt": text, "response": row[0].text} for text, row in shown]
         )
-    return {"num_prompts": len(prompts)}
+    return {"num_prompts": scores["num_prompts"]}
 
 
-def _columns(
-    texts: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    rows: Sequence[Response],
+def _contestants(config: EvalConfig, context: Context) -> tuple[list[str], str | None]:
+    """Roles that answer, and the one whose answers the others' are held against; it joins if it is none of them."""
+    roles = [f"policy_{index}" for index in range(len(config.policies))]
+    if config.win_rate_against is None:
+        return roles, None
+    weights = {role: (model.path, model.revision, model.key) for role, model in context.task.models.items()}
+    opponent = "win_rate_against"
+    same = [role for role in roles if weights[role] == weights[opponent]]
+    return (roles, same[0]) if same else ([*roles, opponent], opponent)
+
+
+def _measure(
+    role: str,
+    config: EvalConfig,
+    context: Context,
+    tokenizer: Tokenizer,
+    asked: Asked,
     reward: Reward | None,
-    judged: bool,
-) -> Columns:
-    """One value a prompt of everything that is measured of a policy."""
-    answers = [row.text for row in rows]
-    columns: Columns = gold_scores(texts, answers) if judged else {}
-    if reward is not None:
-        scored = reward(texts, _examples(prompts, rows), answers)
-        columns |= {"reward": scored.rewards, **scored.columns}
-    columns["length"] = np.array([len(row.ids) for row in rows], dtype=np.float64)
-    columns["finished"] = np.array([row.finished for row in rows], dtype=np.float64)
-    return columns
+) -> Measured:
+    """Everything for which a policy must be in memory; it is gone before the next one comes."""
+    context.check_stop()
+    policy = context.load_policy(role, tokenizer, frozen=True)
+    prompts, samples = asked.held_out.prompts, config.num_samples
+    responses = respond(policy, tokenizer, prompts, samples, config, context, role)
+    columns = response_columns(asked.held_out, responses, reward)
+    logprobs = np.zeros(0, dtype=np.float32)
+    if config.reference is not None:
+        logprobs = _logprobs(policy, asked.held_out, responses, config, context, tokenizer)
+    figures = _perplexity(policy, asked.text, config, context, tokenizer)
+    if not asked.wordings:
+        return Measured(responses, columns, logprobs, figures, None)
+    replies = respond(policy, tokenizer, asked.loaded.prompts, samples, config, context, f"{role}_swapped")
+    about = response_columns(asked.loaded, replies, reward)
+    measures = {name: about[column].mean(axis=1) for name, column in GAPS.items() if column in about}
+    return Measured(responses, columns, logprobs, figures, group_gaps(asked.wordings, measures))
+
+
+def _logprobs(
+    model: PreTrainedModel,
+    questions: Questions,
+    responses: Sequence[Sequence[Response]],
+    config: EvalConfig,
+    context: Context,
+    tokenizer: Tokenizer,
+) -> NDArray[np.float32]:
+    """(N * K,) log-probs of whole responses, at the temperature they were sampled at."""
+    examples = questions.examples(responses)
+    with context.autocast():
+        found: NDArray[np.float32] = sequence_logprobs(
+            model, examples, tokenizer.pad_id, config.generation_batch_size, config.temperature
+        ).numpy()
+    return found
+
+
+def _perplexity(
+    policy: PreTrainedModel,
+    text: Sequence[Example],
+    config: EvalConfig,
+    context: Context,
+    tokenizer: Tokenizer,
+) -> Figures:
+    if not text:
+        return {}
+    # No more tokens in a forward than there are in one over responses.
+    room = config.generation_batch_size * (config.max_prompt_length + config.max_response_length)
+    with context.autocast():
+        found = sequence_logprobs(policy, text, tokenizer.pad_id, max(1, room // config.max_length))
+    tokens = np.array([example.num_items for example in text], dtype=np.float64)
+    return {"perplexity": perplexity(found.double().numpy(), tokens)}
 
 
 def _add_kl(
     config: EvalConfig,
     context: Context,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Response]],
-    columns: Sequence[Columns],
+    questions: Questions,
+    measured: Sequence[Measured],
 ) -> None:
     """KL(policy || reference) by its unbiased estimate: the log-ratio of each sampled response, in nats."""
     if config.reference is None:
         return
-    context.check_same_tokens("reference", tokenizer)
-    size = config.generation_batch_size
     reference = context.load_policy("reference", tokenizer, frozen=True)
-    for index, (rows, column) in enumerate(zip(answers, columns, strict=True)):
+    for found in measured:
         context.check_stop()
-        policy = context.load_policy(f"policy_{index}", tokenizer, frozen=True)
-        examples = _examples(prompts, rows)
-        with context.autocast():
-            own, other = (
-                sequence_logprobs(model, examples, tokenizer.pad_id, size, config.temperature)
-                for model in (policy, reference)
-            )
-        column["kl"] = (own - other).double().numpy()
+        other = _logprobs(reference, questions, found.responses, config, context, tokenizer)
+        shape = found.columns["length"].shape
+        found.columns["kl"] = (found.logprobs - other).astype(np.float64).reshape(shape)
 
 
-def _examples(prompts: Sequence[Sequence[int]], rows: Sequence[Response]) -> list[Example]:
-    return [row.example(prompt) for prompt, row in zip(prompts, rows, strict=True)]
-
-
-def _summary(columns: Columns, gaps: dict[str, float] | None) -> dict[str, Any]:
-    gold: dict[str, Any] = {measure: _mean(columns, measure) for measure in MEASURES}
-    gold["ci95"] = list(mean_interval(columns["overall"])) if "overall" in columns else None
-    rest = {name: _mean(columns, name) for name in ("reward", "kl", "length", "finished")}
-    terms = {name: _mean(columns, name) for name in columns if name.startswith("reward/")}
-    return {"gold": gold, **rest, **terms, "prejudice": gaps}
-
-
-def _mean(columns: Columns, name: str) -> float | None:
-    return float(columns[name].mean()) if name in columns else None
-
-
-def _gains(columns: Sequence[Columns]) -> list[dict[str, Any]]:
-    """Gold gained from each policy to the next, on the same prompts."""
-    gains = []
-    for index, (before, after) in enumerate(pairwise(columns)):
-        if "overall" in before:
-            interval = paired_interval(after["overall"], before["overall"])
-            mean = float((after["overall"] - before["overall"]).mean())
-            gains.append({"before": index, "after": index + 1, "gold": mean, "ci95": list(interval)})
-    return gains
+def _reward_gaps(
+    config: EvalConfig, tokenizer: Tokenizer, templates: Sequence[Template], reward: Reward | None
+) -> dict[str, Any] | None:
+    """Gaps in reward between groups on the same responses, the name swapped in prompt and response."""
+    wordings = answered(templates)
+    if reward is None or not wordings:
+        return None
+    rows = [
+        Demonstration((Message("user", wording.prompt), Message("assistant", wording.response or "")))
+        for wording in wordings
+    ]
+    examples = encode_demonstrations(rows, tokenizer, config.max_length, "error").examples
+    prompts, responses = [row.prompt for row in wordings], [row.response or "" for row in wordings]
+    return group_gaps(wordings, {"reward": reward.rewards(prompts, responses, examples)})

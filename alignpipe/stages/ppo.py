@@ -28,6 +28,7 @@ from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.rewards import Reward, Scored, load_reward
 from alignpipe.losses.logprobs import masked_sum, masked_whiten
 from alignpipe.losses.ppo import (
@@ -98,12 +99,14 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` to raise the reward model's score while it stays near `reference`."""
     tokenizer = context.tokenizer("policy")
     models = _load(config, tokenizer, context)
-    modules = {"policy": models.policy, "value": models.value}
+    monitor = load_monitor(
+        config, context, tokenizer, models.policy, lambda: models.reference, models.reward.rewards
+    )
+    modules = {"policy": models.policy, "value": models.value, **monitor.modules}
     optimizers = {"policy": models.policy_optimizer, "value": models.value_optimizer}
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
     texts = [prompt_text(records[index]) for index in encoded.kept]
-    judged = context.task.data["data"].kind == "toy"
 
     state = context.resume(modules, optimizers)
     first, kl_coef = int(state.get("rollout", 0)), float(state.get("kl_coef", config.kl_coef))
@@ -112,38 +115,46 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     )
     updates = config.ppo_epochs * config.rollout_size * config.num_samples // config.batch_size
     figures: dict[str, float] = {}
+    monitor.begin(state, config.num_rollouts)
     context.progress.begin("rollouts", config.num_rollouts, first)
     for rollout in range(first, config.num_rollouts):
         chosen = next(order)
         examples, finished = _sample(
             config, context, models.policy, tokenizer, rollout, chosen, encoded.examples
         )
-        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
-        answers = [tokenizer.decode(_response(example)) for example in examples]
-        scored = models.reward(asked, examples, answers)
+        asked, answers = _as_text([texts[index] for index in chosen], examples, tokenizer)
+        scored = models.reward(asked, answers, examples)
         scores = _scores(config, scored, finished)
         experience, figures = _experience(config, context, models, tokenizer, examples, scores, kl_coef)
-        figures |= scored.figures | _update(config, context, models, experience, rollout)
-        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": kl_coef}
-        if judged:
-            figures["objective/gold"] = float(gold_scores(asked, answers)["overall"].mean())
+        figures |= _update(config, context, models, experience, rollout) | {
+            "objective/finished": sum(finished) / len(finished),
+            "objective/kl_coef": kl_coef,
+            **scored.figures,
+            **_gold(context, asked, answers),
+        }
         step, done = (rollout + 1) * updates, rollout + 1
         if config.kl_controller == "adaptive":
             kl_coef = adapt_kl_coef(
                 kl_coef, figures["objective/kl"], config.target_kl, len(examples), config.kl_horizon
             )
         if done % config.log_steps == 0 or done == config.num_rollouts:
-            tokens = sum(len(example.ids) for example in examples)
-            figures = context.metrics.log(step, figures, tokens=tokens)
+            figures = context.metrics.log(step, figures, tokens=sum(len(example.ids) for example in examples))
             context.metrics.samples(step, _rows(asked, answers, scores)[:NUM_LOGGED])
         context.progress.update(done, figures)
+        if monitor.ends(done, step):
+            break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            context.save(step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef})
+            context.save(step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef, **monitor.values()})
         if stopping:
             context.stop.end()
     context.save_checkpoint(models.policy, tokenizer, "policy")
-    return {"reward": figures.get("objective/score"), "kl": figures.get("objective/kl"), "kl_coef": kl_coef}
+    return {
+        "reward": figures.get("objective/score"),
+        "kl": figures.get("objective/kl"),
+        "kl_coef": kl_coef,
+        **monitor.summary(),
+    }
 
 
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
@@ -315,8 +326,20 @@ def _part(experience: Experience, micro: Sequence[Sample]) -> tuple[Tensor, Toke
     return rows, TokenBatch(ids, whole.lengths[rows], mask)
 
 
-def _response(example: Example) -> list[int]:
-    return [token for token, learnt in zip(example.ids, example.mask, strict=True) if learnt]
+def _gold(context: Context, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+    """What the embedded world's judge thinks of the responses; for people alone, training never sees it."""
+    if context.task.data["data"].kind != "toy":
+        return {}
+    return {"objective/gold": float(gold_scores(prompts, responses)["overall"].mean())}
+
+
+def _as_text(
+    prompts: Sequence[str], examples: Sequence[Example], tokenizer: Tokenizer
+) -> tuple[list[str], list[str]]:
+    """The prompt of each response, and what it says."""
+    samples = len(examples) // len(prompts)
+    learnt = [[token for token, own in zip(row.ids, row.mask, strict=True) if own] for row in examples]
+    return [text for text in prompts for _ in range(samples)], [tokenizer.decode(ids) for ids in learnt]
 
 
 def _rows(prompts: Sequence[str], responses: Sequence[str], scores: Tensor) -> list[dict[str, Any]]:

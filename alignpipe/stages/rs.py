@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from alignpipe.config import RSConfig
 from alignpipe.data.collate import collate
@@ -17,6 +18,7 @@ from alignpipe.data.encoding import Example, encode_demonstrations, encode_promp
 from alignpipe.data.records import Demonstration, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, DataError
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.responses import Response, respond
 from alignpipe.evaluation.rewards import Scored, load_reward
 from alignpipe.losses.best_of_n import best_of_n
@@ -42,7 +44,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     texts = [prompt_text(records[index]) for index in encoded.kept[: len(prompts)]]
     asked = [text for text in texts for _ in range(config.num_samples)]
     flat = [r.example(prompt) for prompt, row in zip(prompts, responses, strict=True) for r in row]
-    scored = reward(asked, flat, [response.text for row in responses for response in row])
+    scored = reward(asked, [response.text for row in responses for response in row], flat)
     rewards = scored.rewards.reshape(len(prompts), config.num_samples)  # (P, N)
     chosen = [
         _best(prompt, row, score) for prompt, row, score in zip(prompts, responses, rewards, strict=True)
@@ -69,7 +71,11 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     def evaluate() -> dict[str, float]:
         return mean_losses(policy, held_out, loss_fn, config.micro_batch_size, context)
 
-    after = fit(policy, best + replayed, loss_fn, config, context, evaluate)
+    def start() -> PreTrainedModel:
+        return context.load_policy("policy", tokenizer, frozen=True)
+
+    monitor = load_monitor(config, context, tokenizer, policy, start, reward.rewards)
+    after = fit(policy, best + replayed, loss_fn, config, context, evaluate, monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
     return {
         "rows": len(best) + len(replayed),
@@ -79,6 +85,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         "best_of_n": _curve(rewards),
         "without_eos": sum(k is None for k in chosen),
         **scored.figures,
+        **monitor.summary(),
     }
 
 

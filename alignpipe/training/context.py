@@ -132,11 +132,24 @@ class Context:
         return self._placed(freeze(model) if frozen else model)
 
     def load_scalar_model(
-        self, role: str, tokenizer: Tokenizer, *, seed: int | None = None, frozen: bool = False
+        self,
+        role: str,
+        tokenizer: Tokenizer,
+        *,
+        seed: int | None = None,
+        num_heads: int = 1,
+        all_heads: bool = False,
+        frozen: bool = False,
     ) -> PreTrainedModel:
-        """The reward or value model of a role, placed as the launch says; `seed` draws a new head."""
+        """The reward or value model of a role, placed as the launch says; arguments as `load_scalar_model`'s."""
         model = load_scalar_model(
-            self.model(role), tokenizer, self.task.attn_implementation, self._loading_device, seed=seed
+            self.model(role),
+            tokenizer,
+            self.task.attn_implementation,
+            self._loading_device,
+            seed=seed,
+            num_heads=num_heads,
+            all_heads=all_heads,
         )
         return self._placed(freeze(model) if frozen else model)
 

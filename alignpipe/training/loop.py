@@ -4,12 +4,12 @@ rows -> micro-batches -> losses per item -> one division by the items of the who
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
@@ -52,6 +52,40 @@ class StepOutput:
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+class Watcher(Protocol):
+    """Looks at a model while it is trained, and may end the training."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is saved and resumed beside the model."""
+
+    def values(self) -> dict[str, Any]:
+        """What is saved with a state, as JSON."""
+
+    def begin(self, state: Mapping[str, Any], total: int) -> None:
+        """Look at the start, or take up what a state holds."""
+
+    def ends(self, done: int, step: int) -> bool:
+        """Whether training ends after so many steps."""
+
+
+class Unwatched:
+    """Never looks."""
+
+    modules: Mapping[str, nn.Module] = {}
+
+    def values(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def begin(self, state: Mapping[str, Any], total: int) -> None:
+        """Do nothing."""
+
+    def ends(self, done: int, step: int) -> bool:
+        """Never."""
+        return False
+
+
 def micro_batches(rows: Sequence[AnyRow], size: int) -> Iterator[list[AnyRow]]:
     """Cut the rows of a step into forwards of like length, longest first so that memory fails early."""
     by_length = sorted(rows, key=lambda row: row.num_tokens, reverse=True)
@@ -66,6 +100,7 @@ def fit(
     config: TrainingConfig,
     context: Context,
     evaluate: Callable[[], dict[str, float]],
+    watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Train a model on rows.
 
@@ -76,6 +111,7 @@ def fit(
         config: steps, batch, optimizer.
         context: device, states, figures.
         evaluate: figures on held-out rows, logged under `eval/`.
+        watcher: asked after every step whether training ends there.
 
     Returns:
         The last held-out figures.
@@ -86,7 +122,11 @@ def fit(
     """
     optimizer = make_optimizer(model, config)
     total = num_steps(config, len(rows))
-    first = int(context.resume({"model": model}, {"model": optimizer})["step"])
+    watcher = watcher or Unwatched()
+    modules = {"model": model, **watcher.modules}
+    state = context.resume(modules, {"model": optimizer})
+    first = done = int(state["step"])
+    watcher.begin(state, total)
     order = batches(config.seed, len(rows), config.batch_size, start=first * config.batch_size)
     averages, tokens = Averages(), 0
     context.progress.begin("training", total, first)
@@ -105,12 +145,14 @@ def fit(
             context.progress.update(done, figures)
         if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
             _log_held_out(model, evaluate, context, done)
+        if watcher.ends(done, done):
+            break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            context.save(done, {"model": model}, {"model": optimizer}, {})
+            context.save(done, modules, {"model": optimizer}, watcher.values())
         if stopping:
             context.stop.end()
-    return _log_held_out(model, evaluate, context, total)
+    return _log_held_out(model, evaluate, context, done)
 
 
 def optimizer_step(

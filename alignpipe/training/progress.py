@@ -68,6 +68,10 @@ class StageProgress:
             line = f"  {self._stage:<8} {self._what} {done}/{self._total}  {shown}  eta {self._remaining()}"
             self._console.print(Text(line), soft_wrap=True)
 
+    def say(self, line: str) -> None:
+        """Write a line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
+
     def end(self) -> None:
         """Take the live line off the screen."""
         if self._live is not None:

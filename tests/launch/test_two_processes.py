@@ -143,6 +143,39 @@ def test_adapters_on_two_processes_do_what_they_do_on_one(
         assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
 
 
+# Alarmed by whatever happens at the first look.
+WATCHED = [
+    f"stages.ppo.monitor.{word}"
+    for word in (
+        "action=restore",
+        "num_prompts=12",
+        "max_kl=1e-6",
+        "min_entropy_ratio=1",
+        "max_length_ratio=1.0001",
+    )
+]
+
+
+@pytest.mark.parametrize("words", [TWO, FSDP2, [*TWO, *ADAPTED]], ids=["ddp", "fsdp2", "adapters"])
+def test_monitor_on_two_processes_restores_what_it_does_on_one(
+    group: Group, request: pytest.FixtureRequest, tmp_path: Path, words: list[str]
+) -> None:
+    parents = request.getfixturevalue("adapted" if "adapter=lora" in words else "chain")
+    alone = _beside(parents, tmp_path / "one").prepare(
+        "ppo", *CPU, *(ADAPTED if words[-len(ADAPTED) :] == ADAPTED else []), *WATCHED
+    )
+    run_stage(alone.work / TASK)
+    task = _run(group, _beside(parents, tmp_path / "two"), "ppo", *words, *WATCHED)
+    one, two = read_manifest(alone.target), read_manifest(task.target)
+    assert one is not None and two is not None
+    assert one.metrics["monitor"] == two.metrics["monitor"]
+    assert one.metrics["monitor"]["stopped_at"] == 1
+    assert (one.versions["processes"], two.versions["processes"]) == ("1", "2")
+    weights = next(path.name for path in alone.target.glob("*model.safetensors"))
+    mine, theirs = load_file(alone.target / weights), load_file(task.target / weights)
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+
+
 @pytest.mark.parametrize("gather", ["layer", "rollout"])
 def test_sharded_policy_samples_the_same_responses(
     group: Group, chain: Project, tmp_path: Path, gather: str
@@ -176,6 +209,12 @@ def test_eval_on_two_processes_gives_the_same_scores(group: Group, chain: Projec
         assert mine["length"] == theirs["length"]
         assert mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
         assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+        for figure in ("distinct_2", "refusal", "seq_rep_4", "win_rate", "length_controlled_win_rate"):
+            assert mine[figure] == theirs[figure], figure
+        assert mine["prejudice"]["details"]["gold"] == theirs["prejudice"]["details"]["gold"]
+    gaps = [scores["reward_model"]["prejudice"]["reward_gap"] for scores in (one, two)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-5)
 
 
 def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_path: Path) -> None:
