@@ -35,6 +35,22 @@ FORMATS = (
     "text",
 )
 SHARES = ("sft", "preference", "rl", "eval")
+# As the first word of a letter's name in Unicode.
+SCRIPTS = (
+    "latin",
+    "greek",
+    "cyrillic",
+    "arabic",
+    "hebrew",
+    "devanagari",
+    "bengali",
+    "tamil",
+    "thai",
+    "hangul",
+    "hiragana",
+    "katakana",
+    "cjk",
+)
 # Their figures stand in pipeline/accelerators.py.
 ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
@@ -145,6 +161,9 @@ class DataConfig:
     max_rows: int | None = number(minimum=1)
     max_bad: float = number(minimum=0, maximum=1)
     on_overflow: str = choice("drop", "cut", "error")
+    # Path -> weight; in the key by what the paths hold.
+    mixture: dict[str, float] = plain(in_key=False)
+    mixture_stopping: str = choice("first_exhausted", "all_exhausted")
     shares: SharesConfig = field(default_factory=SharesConfig)
     labelers: LabelersConfig = field(default_factory=LabelersConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -396,12 +415,45 @@ class TrainingConfig(OptimizerConfig):
 
 
 @dataclass
+class SelectionConfig:
+    """Which demonstrations are worth training on."""
+
+    drop_duplicates: bool = plain()
+    # Jaccard similarity from which a row is a near duplicate.
+    near_duplicates: float | None = number(above=0, maximum=1)
+    min_tokens: int | None = number(minimum=1)
+    max_tokens: int | None = number(minimum=1)
+    scripts: list[str] = plain()
+    min_script_share: float = number(minimum=0, maximum=1)
+    method: str = choice("none", "random", "perplexity", "ifd", "reward")
+    diversity: str = choice("none", "kcenter")
+    keep: float = number(above=0, maximum=1)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether rows are held against each other, rather than each against bounds."""
+        return self.method != "none" or self.diversity != "none"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any row could be left out."""
+        bounds = (self.near_duplicates, self.min_tokens, self.max_tokens)
+        refuses = self.drop_duplicates or bool(self.scripts) or any(bound is not None for bound in bounds)
+        return refuses or self.ranks
+
+
+@dataclass
 class SFTConfig(TrainingConfig, SamplingConfig):
     """Supervised fine-tuning."""
 
     policy: str = plain(in_key=False)
-    loss_on: str = choice("response", "all")
+    reward_model: str | None = plain(in_key=False)
+    selection_model: str | None = plain(in_key=False)
+    loss_on: str = choice("response", "last", "all")
+    neftune_alpha: float = number(minimum=0)
+    select_epoch: str = choice("last", "loss", "reward")
     num_samples: int = number(minimum=0)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 @dataclass
@@ -456,22 +508,48 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
     reference: str = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    ptx_data: DataConfig = field(default_factory=_root_data)
+    advantage: str = choice("gae", "rloo", "grpo", "reinforce_pp")
+    grpo_std: bool = plain()
     num_rollouts: int = number(minimum=1)
     rollout_size: int = number(minimum=2)
     num_samples: int = number(minimum=1)
     ppo_epochs: int = number(minimum=1)
     value_learning_rate: float = number(above=0)
+    value_pretrain_rollouts: int = number(minimum=0)
     kl_coef: float = number(minimum=0)
+    kl_estimator: str = choice("k1", "k2", "k3")
+    kl_in: str = choice("reward", "loss")
     kl_controller: str = choice("fixed", "adaptive")
     target_kl: float = number(above=0)
     kl_horizon: float = number(above=0)
+    kl_budget: float | None = number(above=0)
+    on_kl_budget: str = choice("stop", "warn")
+    max_update_kl: float | None = number(above=0)
     gamma: float = number(minimum=0, maximum=1)
     gae_lambda: float = number(minimum=0, maximum=1)
     clip_range: float = number(above=0)
+    dual_clip: float | None = number(above=1)
     value_clip_range: float = number(above=0)
+    reward_scaling: str = choice("none", "running")
     score_clip: float = number(above=0)
     missing_eos_penalty: float = number(minimum=0)
+    whiten_rewards: bool = plain()
+    entropy_coef: float = number(minimum=0)
+    ptx_coef: float = number(minimum=0)
+    ptx_batch_size: int = number(minimum=1)
+    ema_decay: float | None = number(minimum=0, maximum=0.99999)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
+
+    @property
+    def has_value_model(self) -> bool:
+        """Whether advantages come from a value model; the other estimators compare responses."""
+        return self.advantage == "gae"
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates over the responses of one rollout, where none is left out."""
+        return self.ppo_epochs * self.rollout_size * self.num_samples // self.batch_size
 
 
 @dataclass
@@ -556,13 +634,7 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
 
 def num_ppo_steps(config: PPOConfig) -> int:
     """Optimizer updates of the policy in a whole PPO stage."""
-    return (
-        config.num_rollouts
-        * config.ppo_epochs
-        * config.rollout_size
-        * config.num_samples
-        // config.batch_size
-    )
+    return config.num_rollouts * config.updates_per_rollout
 
 
 def register() -> None:
@@ -635,24 +707,87 @@ def _relations(config: Any, path: str) -> Iterator[str]:
         )
     if isinstance(config, MonitorConfig) and config.action == "restore" and config.judge == "none":
         yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
+    yield from _row_relations(config, at)
     if isinstance(config, LaunchConfig):
         yield from _launch_relations(config, at)
     if isinstance(config, RSConfig | PPOConfig | EvalConfig):
         yield from _reward_relations(config, at)
-    yield from _stage_relations(config, at)
+    if isinstance(config, RMConfig):
+        yield from _rm_relations(config, at)
+    if isinstance(config, PPOConfig):
+        yield from _ppo_relations(config, at)
 
 
-def _stage_relations(config: Any, at: str) -> Iterator[str]:
-    if isinstance(config, RMConfig) and config.loss == "plackett_luce":
+def _rm_relations(config: RMConfig, at: str) -> Iterator[str]:
+    if config.loss == "plackett_luce":
         # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
         for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
             if getattr(config, key) != plain_value:
                 yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
-    if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
+
+
+def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
+    if config.rollout_size * config.num_samples % config.batch_size:
         yield (
             f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
             f"must be a multiple of batch_size {config.batch_size}"
         )
+    if config.advantage in ("rloo", "grpo") and config.num_samples < 2:
+        yield (
+            f"{at}num_samples: {config.advantage} compares the responses to one prompt, so it needs at least 2, "
+            f"got {config.num_samples}"
+        )
+    if config.kl_in == "loss" and config.kl_estimator == "k1":
+        yield (
+            f"{at}kl_estimator: the gradient of k1 as a loss is zero on average; take k2 (that of k1 in the reward) or "
+            f"k3, or {at}kl_in=reward"
+        )
+    if config.value_pretrain_rollouts > 0 and not config.has_value_model:
+        yield f"{at}value_pretrain_rollouts: advantage={config.advantage} has no value model; set it to 0"
+    if config.ema_decay is not None and config.monitor.action == "restore":
+        yield (
+            f"{at}ema_decay: monitor.action=restore hands on weights that a judge saw, not an average; "
+            f"set {at}ema_decay=null or take monitor.action=stop"
+        )
+    if config.value_pretrain_rollouts >= config.num_rollouts:
+        yield (
+            f"{at}value_pretrain_rollouts: {config.value_pretrain_rollouts} of num_rollouts {config.num_rollouts} "
+            f"leave none for the policy; lower it"
+        )
+
+
+def _row_relations(config: Any, at: str) -> Iterator[str]:
+    """Checks of what is trained on."""
+    if isinstance(config, DataConfig):
+        for name, weight in config.mixture.items():
+            if not (math.isfinite(weight) and weight > 0):
+                yield f"{at}mixture.{name}: the weight must be a number above 0, got {weight}; leave it out instead"
+    if isinstance(config, SFTConfig):
+        yield from _sft_relations(config, at)
+    if isinstance(config, SelectionConfig):
+        yield from _selection_relations(config, at)
+
+
+def _sft_relations(config: SFTConfig, at: str) -> Iterator[str]:
+    wants = {"select_epoch": config.select_epoch, "selection.method": config.selection.method}
+    for key, word in wants.items():
+        if word == "reward" and config.reward_model is None:
+            yield (
+                f"{at}reward_model: {key}=reward needs one; name it: {at}reward_model=latest/rm (the newest one), "
+                f"RUN/rm or a folder"
+            )
+    if config.select_epoch != "last" and config.eval_rows == 0:
+        yield f"{at}eval_rows: select_epoch={config.select_epoch} looks at held-out rows; give it some"
+
+
+def _selection_relations(config: SelectionConfig, at: str) -> Iterator[str]:
+    for script in config.scripts:
+        if script not in SCRIPTS:
+            yield f"{at}scripts: there is no script {script!r} here. {did_you_mean(script, SCRIPTS)}"
+    if config.keep < 1 and not config.ranks:
+        yield f"{at}keep: {config.keep:g} of the rows, chosen by what? Set {at}method or {at}diversity"
+    if (config.min_tokens or 0) > (config.max_tokens or math.inf):
+        yield f"{at}min_tokens: {config.min_tokens} is more than max_tokens {config.max_tokens}"
 
 
 def _reward_relations(config: "RSConfig | PPOConfig | EvalConfig", at: str) -> Iterator[str]:
@@ -665,10 +800,10 @@ def _reward_relations(config: "RSConfig | PPOConfig | EvalConfig", at: str) -> I
             f"{at}reward_model: is null and nothing stands in its place; name a reward model, "
             f"or {at}reward.function=FILE.py:NAME"
         )
-    elif isinstance(config, PPOConfig) and config.reward_model is None:
+    elif isinstance(config, PPOConfig) and config.reward_model is None and config.has_value_model:
         yield (
-            f"{at}reward_model: is null, but the value model starts from it; name one, "
-            f"with {at}reward.models.NAME=0 where it shall not count"
+            f"{at}reward_model: is null, but the value model of advantage=gae starts from it; take {at}advantage=rloo "
+            f"(or grpo, reinforce_pp), or name one, with {at}reward.models.NAME=0 where it shall not count"
         )
     # Of one reward model the heads are the members that mean_minus_std hears.
     members = 1 if reward.ensemble == "mean_minus_std" else 2

@@ -75,7 +75,7 @@ def _origin(key: str, origins: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """A stage's `data` has the meaning of the root's, and stands in its file."""
     if key in origins and origins[key][0]:
         return origins[key]
-    for section in (".data.", ".demonstrations."):
+    for section in (".data.", ".demonstrations.", ".ptx_data."):
         if section in key:
             return origins.get(f"data.{key.split(section, 1)[1]}", ("", ""))
     return origins.get(key, ("", ""))

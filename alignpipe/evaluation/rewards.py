@@ -115,12 +115,6 @@ class Reward:
             for name, role in self.roles.items()
         }
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """Shift and scale of `reward_model`, which the value model that starts from it shares; none without it."""
-        found = [self.models[name] for name, role in self.roles.items() if role.endswith("reward_model")]
-        return found[0].normalizer if found else Normalizer()
-
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], examples: Sequence[Example]
     ) -> Scored:

@@ -18,6 +18,8 @@ from alignpipe.config import (
     PPOConfig,
     RMConfig,
     RSConfig,
+    SelectionConfig,
+    SFTConfig,
 )
 from alignpipe.data.encoding import (
     Encoded,
@@ -29,11 +31,12 @@ from alignpipe.data.encoding import (
     encode_texts,
 )
 from alignpipe.data.margins import check_margins
+from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
-from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, read_records, readable_types
+from alignpipe.data.selection import refusals
+from alignpipe.data.sources import MIXTURE, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import DataError
+from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import WANTED, Graph, Node
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.references import DataRef
@@ -75,20 +78,25 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
     if ref.source is None:
         return _of_collect(node, graph, config, chat_template)
     want = _wanted(node, ref.source)
-    found = read_records(ref.source, want)
-    records = in_share(found.records, ref.share, ref.config.shares, _salt(ref))
+    found = read_parts(ref.source, want)
+    portion = read_portion(ref.source, found, ref.share)
+    records, counts = portion.records, portion.rows_by_source()
     rows = Rows()
-    if found.rejected:
-        first = found.rejected[0]
-        rows.warnings.append(
-            f"{node.name}: {len(found.rejected)} of {found.num_rows} rows cannot be used "
-            f"(first {first.file}:{first.line}: {first.reason})"
-        )
-    if not records:
-        raise DataError(
-            f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
-            f"({ref.share}); give more rows or change data.shares"
-        )
+    for name, one in zip(source_names(ref.source), found, strict=True):
+        if one.rejected:
+            first = one.rejected[0]
+            rows.warnings.append(
+                f"{node.name}: {len(one.rejected)} of {one.num_rows} rows cannot be used "
+                f"(first {first.file}:{first.line}: {first.reason})"
+            )
+        if name not in counts:
+            raise DataError(
+                f"{node.name}: none of the {len(one.records)} rows of {name} falls into its share "
+                f"({ref.share}); give more rows or change data.shares"
+            )
+    if ref.source.kind == MIXTURE:
+        parts = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        rows.warnings.append(f"{node.name}: an epoch mixes {parts}")
     if isinstance(node.config, RMConfig):
         check_margins([record for record in records if isinstance(record, Ranking)], node.config, node.name)
     tokenizer = base_tokenizer(config, chat_template)
@@ -104,6 +112,8 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
         )
     rows.share = round(_units(want, records, node) * (left / total if total else 1.0))
     rows.used = _capped(node, rows.share)
+    if isinstance(node.config, SFTConfig) and node.config.selection.is_on:
+        rows.used = _selected(node, node.config.selection, want, records, tokenizer, rows.used)
     return rows
 
 
@@ -127,6 +137,34 @@ def judged_twice(graph: Graph, counted: Mapping[str, Rows]) -> list[str]:
     return found
 
 
+def _selected(
+    node: Node,
+    selection: SelectionConfig,
+    want: RecordType,
+    records: Sequence[Any],
+    tokenizer: Tokenizer,
+    used: int,
+) -> int:
+    """Rows that selection leaves, but for those that only a model can refuse.
+
+    Raises:
+        ConfigError: raw text is not selected from.
+        DataError: no row is within the bounds.
+    """
+    if want != "demonstrations":
+        raise ConfigError(f"{node.name}: selection takes demonstrations, its data is raw text; leave it out")
+    lengths = [0] * len(records)
+    if selection.min_tokens is not None or selection.max_tokens is not None:
+        lengths = [len(tokenizer.encode_response(record.prompt, record.response)) for record in records]
+    fit = sum(refusal is None for refusal in refusals(records, lengths, selection))
+    if fit == 0:
+        raise DataError(
+            f"{node.name}: none of {len(records)} rows is within the bounds of selection; loosen them"
+        )
+    kept = max(1, round(selection.keep * used)) if selection.ranks else used
+    return min(kept, max(1, round(used * fit / len(records))))
+
+
 def base_tokenizer(config: Config, chat_template: str) -> Tokenizer:
     """The tokenizer of the base model, which every stage of a run shares."""
     if config.model.path == TINY:
@@ -139,10 +177,6 @@ def _wanted(node: Node, source: DataSource) -> RecordType:
         return "text"
     types = readable_types(source)
     return next(want for want in WANTED[node.kind] if want in types)
-
-
-def _salt(ref: DataRef) -> str:
-    return "collect" if ref.source is not None and ref.source.kind == "collect" else ""
 
 
 def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[Sequence[Any], int, str]:

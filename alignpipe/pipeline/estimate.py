@@ -200,13 +200,16 @@ def _learning_effort(
 
 
 def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:
-    """Each response is sampled, read once by every model, and learnt by two in every epoch."""
+    """Each response is sampled, read once by every model, and learnt in every epoch by policy and value model."""
     total = mean + config.max_response_length
     tokens = config.rollout_size * config.num_samples * total
+    learners = 1 + config.has_value_model
     asked = _sampled(config, shape, config.rollout_size, config.num_samples, mean, setting)
-    read = _read(
-        shape, tokens, total, 3 + len(reward_models(config)) + 2 * config.ppo_epochs * _passes(setting)
-    )
+    passes = 1 + learners + len(reward_models(config)) + learners * config.ppo_epochs * _passes(setting)
+    read = _read(shape, tokens, total, passes)
+    if config.ptx_coef > 0:
+        rows = config.updates_per_rollout * config.ptx_batch_size
+        read += _read(shape, rows * total, total, _passes(setting))
     return (asked + read).times(config.num_rollouts)
 
 

@@ -6,8 +6,9 @@ folder, a hub id. Whatever else it is, is an error with the nearest name.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -33,7 +34,7 @@ from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
 from alignpipe.data.records import RecordType
 from alignpipe.data.reward_bench import read_reward_bench
-from alignpipe.data.sources import DataSource, find_source, readable_types
+from alignpipe.data.sources import DataSource, find_mixture, find_source, holds_world, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from alignpipe.pipeline.functions import find_function
 from alignpipe.pipeline.hub import model_folder, resolve_revision
@@ -50,7 +51,7 @@ from alignpipe.task import FunctionInput
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
-    "sft": ("policy",),
+    "sft": ("policy", "reward_model", "selection_model"),
     "collect": ("policy",),
     "rm": ("policy",),
     "rs": ("policy", "reward_model"),
@@ -75,7 +76,8 @@ WANTED: dict[str, tuple[RecordType, ...]] = {
     "dpo": ("rankings",),
     "eval": ("prompts",),
 }
-DEMONSTRATIONS = "demonstrations"
+# A second data set, read beside the first: what rm is centred on, what rs replays, what PPO-ptx goes on learning.
+SECOND_DATA = {"rm": "demonstrations", "rs": "demonstrations", "ppo": "ptx_data"}
 BENCHMARK = "benchmark"
 # The reward model that watches a training which another one steers; its key stands under `monitor`.
 JUDGE = "judge"
@@ -232,7 +234,7 @@ class _Resolver:
         return Graph({**self.outside, **self.nodes})
 
     def _node(self, name: str, *, in_order: bool) -> Node:
-        config = self.stages[name]
+        config = _with_whole_paths(self.stages[name])
         node = Node(name, config, in_order=in_order)
         for role in ROLES[config.kind]:
             label = getattr(config, role)
@@ -245,7 +247,7 @@ class _Resolver:
                 node.models[f"policy_{index}"] = self._model(name, "policies", label)
         self._add_reward(node)
         node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
-        self._add_demonstrations(node)
+        self._add_second_data(node)
         self._add_benchmark(node)
         self._add_text(node)
         self._add_templates(node)
@@ -348,14 +350,15 @@ class _Resolver:
                 raise ConfigError(f"{key}: {name} is a stage of kind {kind}; only collect makes data")
             source = DataSource("collect", str(self.store.stage(kind, stage_key)), config)
             return DataRef(name, config, source, "train")
-        source = find_source(name, config)
+        source = find_mixture(config) if config.mixture else find_source(name, config)
         types = readable_types(source)
         if not any(want in types for want in wanted):
             raise DataError(
-                f"{key}: {name} holds {' and '.join(sorted(types))}; stage {stage} needs {' or '.join(wanted)}; "
+                f"{key}: {source.path} holds {' and '.join(sorted(types)) or 'no type of rows in common'}; "
+                f"stage {stage} needs {' or '.join(wanted)}; "
                 f"give it other data, or name its columns with data.columns"
             )
-        return DataRef(name, config, source, self._share(stage, source))
+        return DataRef(source.path if config.mixture else name, config, source, self._share(stage, source))
 
     def _share(self, stage: str, source: DataSource) -> str:
         """The part of a data set that a stage may see.
@@ -364,30 +367,40 @@ class _Resolver:
         is endless and always split.
         """
         own = SHARE.get(self.stages[stage].kind, "eval")
-        if own == "eval" or source.kind == TOY:
+        if own == "eval" or holds_world(source):
             return own
-        return "train" if len(self._shares_reading(self.stages[stage].data.path)) <= 1 else own
+        return "train" if len(self._shares_reading(self.stages[stage].data)) <= 1 else own
 
-    def _shares_reading(self, path: str) -> set[str]:
-        kinds = {self.stages[name].kind for name in self.order if self.stages[name].data.path == path}
+    def _shares_reading(self, data: DataConfig) -> set[str]:
+        """Shares of the stages that read one of the same sets."""
+        names = _set_names(data)
+        kinds = {self.stages[name].kind for name in self.order if names & _set_names(self.stages[name].data)}
         return {SHARE[kind] for kind in kinds if kind in SHARE}
 
-    def _add_demonstrations(self, node: Node) -> None:
-        """A stage rm is centred on demonstrations and rs replays them, where the root data has any."""
+    def _add_second_data(self, node: Node) -> None:
+        """The second data set of a stage, where the root data has one of its kind and the stage has a use for it."""
         config = node.config
-        if config.kind not in ("rm", "rs"):
+        if config.kind not in SECOND_DATA or (isinstance(config, PPOConfig) and config.ptx_coef == 0):
             return
-        demonstrations: DataConfig = getattr(config, DEMONSTRATIONS)
-        if demonstrations.path in self.stages:
+        role = SECOND_DATA[config.kind]
+        data: DataConfig = getattr(config, role)
+        if data.path in self.stages:
             return
-        source = find_source(demonstrations.path, demonstrations)
-        if "demonstrations" in readable_types(source):
-            split = source.kind == TOY or len(self._shares_reading(demonstrations.path) | {"sft"}) > 1
-            share = "sft" if split else "train"
-            node.data[DEMONSTRATIONS] = DataRef(demonstrations.path, demonstrations, source, share)
+        source = find_mixture(data) if data.mixture else find_source(data.path, data)
+        types = readable_types(source)
+        # Only PPO-ptx learns from raw text as well (arXiv:2203.02155, section 3.5).
+        if "demonstrations" in types or (role == "ptx_data" and "text" in types):
+            split = holds_world(source) or len(self._shares_reading(data) | {"sft"}) > 1
+            node.data[role] = DataRef(source.path, data, source, "sft" if split else "train")
+        elif isinstance(config, PPOConfig):
+            key = self._key(node.name, "ptx_data.path")
+            raise ConfigError(
+                f"{key}: {data.path} has neither demonstrations nor text; name data that has, or set "
+                f"{self._key(node.name, 'ptx_coef')}=0"
+            )
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
-            raise ConfigError(f"{key}: {demonstrations.path} has no demonstrations to replay; set {key}=0")
+            raise ConfigError(f"{key}: {data.path} has no demonstrations to replay; set {key}=0")
 
     def _add_reward(self, node: Node) -> None:
         """What a reward is made of beside `reward_model`."""
@@ -427,6 +440,9 @@ class _Resolver:
         if not isinstance(config, EvalConfig) or config.text_rows == 0:
             return
         text = config.text_data
+        if text.path in self.stages or find_run_stage(self.store, text.path) is not None:
+            # What a policy said itself is no text to hold it against.
+            return
         source = find_source(text.path, text)
         if set(WANTED["sft"]) & readable_types(source):
             node.data[TEXT_DATA] = DataRef(text.path, text, source, "eval")
@@ -489,3 +505,18 @@ class _Resolver:
                 f"{key}: {config.judge} is nobody here, and restore goes back to what a judge liked best; "
                 f"name a reward model that learnt from other labels, or set monitor.action=stop"
             )
+
+
+def _with_whole_paths(config: StageConfig) -> StageConfig:
+    """A stage's configuration with the paths of its mixtures absolute: its processes may stand elsewhere."""
+    found: dict[str, Any] = {
+        role: find_mixture(data).config
+        for role in ("data", *SECOND_DATA.values())
+        if (data := getattr(config, role, None)) is not None and data.mixture
+    }
+    return replace(config, **found)
+
+
+def _set_names(data: DataConfig) -> set[str]:
+    """The data sets that a section names."""
+    return set(data.mixture) or {data.path}

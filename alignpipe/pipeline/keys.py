@@ -12,11 +12,11 @@ from typing import Any
 
 from alignpipe.artifact import Manifest, read_manifest
 from alignpipe.config import TINY, TOY, Config, semantic
-from alignpipe.data.sources import content_hash
+from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import JUDGE, Graph, Node
+from alignpipe.pipeline.graph import JUDGE, SECOND_DATA, TEXT_DATA, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
@@ -55,7 +55,7 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
         for role, ref in node.data.items()
     }
-    for role in ("demonstrations", "text_data"):
+    for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
     _reduce_monitor(settings, node)
     reward = settings.pop("reward", None)
@@ -119,8 +119,9 @@ def _data_inputs(
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
         settings.pop("world", None)
-    toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
-    if not toy_ranker:
+    if ref.source is None or ref.source.kind != MIXTURE:
+        settings.pop("mixture_stopping", None)
+    if node.kind not in RANKERS or ref.source is None or not holds_world(ref.source):
         settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 

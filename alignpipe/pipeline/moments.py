@@ -44,11 +44,25 @@ def _rewards(models: dict[str, Architecture]) -> list[Role]:
 
 
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """A reward model that chooses the epoch stays through training; those that select rows are gone before it."""
     policy = Role(models["policy"])
-    held = held_memory(setting, trained=[policy])
     batch = training_batch(config, work, setting)
+    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    asked = [Role(models["selection_model"])] if "selection_model" in models else []
+    held = held_memory(setting, trained=[policy], frozen=reward if config.select_epoch == "reward" else [])
     alone = replace(held, optimizer=0.0)
+    judges = (
+        [*(reward if config.selection.method == "reward" else []), *asked] if config.selection.ranks else []
+    )
+    selecting = replace(held_memory(setting, trained=[policy], frozen=judges), optimizer=0.0)
+    looking = config.eval_rows if config.select_epoch == "reward" else 0
     return [
+        *([scoring_moment(selecting, judges[-1], batch, setting)] if judges else []),
+        *(
+            sampling_moments(held, policy, config, config.max_prompt_length, looking, 1, setting)
+            if looking
+            else []
+        ),
         *training_moments(held, policy, batch, config, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
@@ -105,28 +119,52 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
 
 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """Four models and two optimizers at once, and further reward models; one of the two has its gradients at a time."""
-    policy, value = Role(models["policy"]), Role(models["reward_model"], scalar=True)
-    reference = Role(models["reference"])
-    judge = _watching(config, models, reference)[1:]
-    held = held_memory(setting, trained=[policy, value], frozen=[reference, *_rewards(models), *judge])
+    """Four models and two optimizers at once, three and one without a value model; one learns at a time."""
+    policy, reference = Role(models["policy"]), Role(models["reference"])
+    trained = [policy]
+    frozen = [reference, *_rewards(models), *_watching(config, models, reference)[1:]]
+    # It starts as the reward model.
+    value = Role(models.get("reward_model", models["policy"]), scalar=True)
+    if config.has_value_model:
+        trained.append(value)
+    held = held_memory(setting, trained=trained, frozen=frozen)
     prompt = min(work.longest, config.max_prompt_length)
     length = prompt + config.max_response_length
     # Every process holds the whole rollout, so that all whiten it alike.
     responses = config.rollout_size * config.num_samples
     # ids, mask; log-probs, values, advantages, returns, and rewards and both log-probs while they are made.
     held = held.plus("", other=responses * length * (8 + 1 + 7 * WIDE))
+    if config.ema_decay is not None:
+        held = held.plus("", weights=WIDE * policy.own(setting) * setting.share)
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
-    scalar = replace(batch, columns=0)
-    return [
+    moments = [
         *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
         *_looks(config, held, policy, setting),
         scoring_moment(held, policy, batch, setting),
-        scoring_moment(held, value, scalar, setting),
-        *training_moments(held, policy, batch, config, setting),
-        *training_moments(held, value, scalar, config, setting),
+        *_policy_update(held, policy, batch, config, setting),
         check_moment(held, policy, setting),
     ]
+    if config.has_value_model:
+        scalar = replace(batch, columns=0)
+        moments.append(scoring_moment(held, value, scalar, setting))
+        moments += training_moments(held, value, scalar, config, setting)
+    return moments
+
+
+def _policy_update(
+    held: Memory, policy: Role, batch: Batch, config: PPOConfig, setting: Setting
+) -> list[Memory]:
+    """An update of the policy, with the rows of PPO-ptx and the gradient of the entropy where they are asked for."""
+    if config.ptx_coef > 0:
+        # Its rows come in passes of their own, with gradients there already; at the worst every token is learnt.
+        batch = replace(batch, columns=batch.length)
+        config = replace(config, batch_size=config.batch_size + config.ptx_batch_size)
+    moments = training_moments(held, policy, batch, config, setting)
+    if config.entropy_coef > 0:
+        # losses/logprobs.py: a second gradient of the size of the logits, added to the first.
+        logits = batch.rows * batch.columns * policy.shape.vocab_size * setting.width
+        moments[0] = moments[0].plus(moments[0].moment, logits=logits)
+    return moments
 
 
 def _watching(

@@ -270,7 +270,10 @@ def _row(
     reads = [f"{role}={node.models[role].name}" for role in listed] + _reward_words(node.config)
     policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
     reads += [f"policies={','.join(policies)}"] if policies else []
-    reads += [f"{role}={Path(ref.name).name}" for role, ref in node.data.items()]
+    reads += [
+        f"{role}={'+'.join(Path(name).name for name in ref.name.split(' + '))}"
+        for role, ref in node.data.items()
+    ]
     steps = _steps(node, counted)
     return PlanRow(node.name, node.kind, node.key, " ".join(reads), counted.used, steps, "", disk, state, why)
 

@@ -15,7 +15,7 @@ from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
 from alignpipe.errors import CheckpointError
-from alignpipe.models.forward import batch_logprobs
+from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
 from alignpipe.models.scalar_head import score_head, sequence_head_scores, token_scores
 from alignpipe.models.sharding import in_step
@@ -190,6 +190,17 @@ def sequence_logprobs(
 ) -> Tensor:
     """Logprob of each whole response: the sum of `response_logprobs`, (N,) float32 on the CPU."""
     return response_logprobs(policy, examples, pad_id, batch_size, temperature).sum(1)
+
+
+def sequence_embeddings(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64
+) -> Tensor:
+    """The mean of each whole sequence's last hidden states under a language model, (N, d) float32 on the CPU."""
+
+    def means(batch: TokenBatch) -> Tensor:
+        return mean_hidden(model, batch)
+
+    return _in_batches(means, model, examples, model.config.hidden_size, pad_id, batch_size)
 
 
 def _in_batches(

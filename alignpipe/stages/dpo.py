@@ -48,11 +48,11 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` on the untied pairs of the rankings, held near `reference`."""
     tokenizer = context.tokenizer("policy")
     context.check_same_tokens("reference", tokenizer)
-    pairs = _pairs(config, tokenizer, context)
+    pairs, overflow = _pairs(config, tokenizer, context)
     held_out: list[Pair] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
-        held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[: config.eval_rows]
+        held_out = _pairs(config, tokenizer, context, "eval", config.eval_rows)[0][: config.eval_rows]
     policy = context.load_policy("policy", tokenizer)
 
     def logprobs(examples: Sequence[Example]) -> Tensor:
@@ -91,6 +91,7 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     log_samples(policy, tokenizer, config, context, num_steps(config, len(pairs)))
     return {
         "rows": len(pairs),
+        **overflow,
         "eval_loss": after.get("loss"),
         "eval_accuracy": after.get("rewards/accuracies"),
         **monitor.summary(),
@@ -103,17 +104,19 @@ def _pairs(
     context: Context,
     share: str | None = None,
     limit: int | None = None,
-) -> list[Pair]:
-    """Every untied pair of at most `limit` rankings, each response scored by the reference once."""
+) -> tuple[list[Pair], dict[str, int]]:
+    """Every untied pair of at most `limit` rankings, each response scored by the reference once; rows over length."""
     records = context.records("data", config.data, Ranking, share)[:limit]
-    rows = encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow).examples
+    encoded = encode_rankings(records, tokenizer, config.max_length, config.data.on_overflow)
+    rows = encoded.examples
     if not rows:
-        return []
+        return [], encoded.figures
     reference = context.load_policy("reference", tokenizer, frozen=True)
     flat = [example for row in rows for example in row.examples]
     with context.autocast():
         scored = iter(sequence_logprobs(reference, flat, tokenizer.pad_id, config.micro_batch_size).tolist())
-    return [pair for row in rows for pair in _untied(row, [next(scored) for _ in row.examples])]
+    pairs = [pair for row in rows for pair in _untied(row, [next(scored) for _ in row.examples])]
+    return pairs, encoded.figures
 
 
 def _untied(row: RankedExample, reference: Sequence[float]) -> list[Pair]:

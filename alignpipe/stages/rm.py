@@ -18,7 +18,13 @@ from alignpipe.artifact import write_json
 from alignpipe.config import RMConfig, num_steps
 from alignpipe.data.bootstrap import bootstrap_weights
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, RankedExample, encode_demonstrations, encode_rankings
+from alignpipe.data.encoding import (
+    Encoded,
+    Example,
+    RankedExample,
+    encode_demonstrations,
+    encode_rankings,
+)
 from alignpipe.data.margins import worths
 from alignpipe.data.records import Demonstration, Ranking
 from alignpipe.data.reward_bench import read_reward_bench
@@ -44,11 +50,12 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
     model = context.load_scalar_model(
         "policy", tokenizer, seed=config.seed, num_heads=config.num_heads, all_heads=True
     )
-    rows = _encode(config, tokenizer, context)
+    encoded = _encode(config, tokenizer, context)
+    rows = encoded.examples
     held_out: list[RankedExample] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
-        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)
+        held_out = _encode(config, tokenizer, context, "eval", config.eval_rows).examples
 
     def loss_fn(micro: Sequence[RankedExample], bootstrap: bool = config.num_heads > 1) -> StepOutput:
         batch = collate([example for row in micro for example in row.examples], tokenizer.pad_id).to(
@@ -81,6 +88,7 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
     )
     return {
         "rows": len(rows),
+        **encoded.figures,
         "eval_loss": after.get("loss"),
         **normalizer.as_metrics(),
         **report,
@@ -128,13 +136,13 @@ def _encode(
     context: Context,
     share: str | None = None,
     limit: int | None = None,
-) -> list[RankedExample]:
+) -> Encoded[RankedExample]:
     """Rankings of a share, at most `limit` of them."""
     records = context.records("data", config.data, Ranking, share)[:limit]
     keep_tied = config.ties == "half"
     return encode_rankings(
         records, tokenizer, config.max_length, config.data.on_overflow, keep_tied=keep_tied
-    ).examples
+    )
 
 
 def _scores(

@@ -79,6 +79,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     context.save_checkpoint(policy, tokenizer, "policy")
     return {
         "rows": len(best) + len(replayed),
+        **encoded.figures,
         "eval_loss": after.get("loss"),
         "reward_mean": float(rewards.mean()),
         "reward_best": float(rewards.max(axis=1).mean()),

@@ -121,6 +121,35 @@ def test_sharded_training_in_bf16_keeps_float32_weights_and_nearly_the_curve(
     }
 
 
+SFT_IN_FULL = [
+    "pipeline.order=[sft]",
+    "stages.sft.neftune_alpha=5",
+    "stages.sft.select_epoch=loss",
+    "stages.sft.selection.method=ifd",
+    "stages.sft.selection.diversity=kcenter",
+    "stages.sft.selection.keep=0.4",
+]
+
+
+def test_noise_selection_and_best_epoch_do_not_depend_on_processes(group: Group, tmp_path: Path) -> None:
+    one = Project(tmp_path / "one" / "outputs").run(*CPU, *SFT_IN_FULL) / "sft"
+    for name, words in (("two", TWO), ("fsdp2", FSDP2)):
+        task = Project(tmp_path / name / "outputs").prepare("sft", *words, *SFT_IN_FULL)
+        group.call(CASES, "run_stage", path=task.work / TASK)
+        mine, theirs = (
+            [json.loads(line) for line in (folder / "selection.jsonl").read_text().splitlines()]
+            for folder in (one, task.target)
+        )
+        assert [(row["place"], row["kept"]) for row in mine] == [
+            (row["place"], row["kept"]) for row in theirs
+        ]
+        assert 0 < sum(row["kept"] for row in mine) < len(mine)
+        assert _largest_difference("sft", one, task.target) < 1e-5
+        opened = load_file(task.target / "model.safetensors")
+        for key, weight in load_file(one / "model.safetensors").items():
+            assert (opened[key] - weight).abs().max() < 1e-4, key
+
+
 ADAPTED = ["adapter=lora", "pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
 
 
@@ -141,6 +170,24 @@ def test_adapters_on_two_processes_do_what_they_do_on_one(
         _assert_same_rankings(_folder(adapted, stage) / "rankings.jsonl", task.target / "rankings.jsonl")
     else:
         assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "lora"])
+def test_averaged_weights_and_ptx_on_two_processes_are_those_of_one(
+    group: Group, chain: Project, adapted: Project, tmp_path: Path, kind: str
+) -> None:
+    words = ["stages.ppo.ema_decay=0.5", "stages.ppo.ptx_coef=0.5", "stages.ppo.max_update_kl=0.01"]
+    parents, own = (chain, []) if kind == "fsdp2" else (adapted, ADAPTED)
+    task = _beside(parents, tmp_path / "one").prepare("ppo", *CPU, *own, *words)
+    run_stage(task.work / TASK)
+    several = FSDP2 if kind == "fsdp2" else TWO
+    other = _run(group, _beside(parents, tmp_path / "two"), "ppo", *several, *own, *words)
+    assert _largest_difference("ppo", task.target, other.target) < 1e-5
+    mine, theirs = (_metrics(folder)[-1]["ppo/ptx_loss"] for folder in (task.target, other.target))
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    name = "model.safetensors" if kind == "fsdp2" else "adapter_model.safetensors"
+    one, two = (load_file(folder / name) for folder in (task.target, other.target))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
 
 
 # Alarmed by whatever happens at the first look.

@@ -282,6 +282,24 @@ def test_second_sft_of_another_name_is_another_stage_with_the_same_key(copied: P
     assert len({row.key for row in plan.rows}) == 1
 
 
+def test_ptx_reads_demonstrations_only_where_they_are_learnt(project: Project, tmp_path: Path) -> None:
+    words = ["pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
+    assert set(_graph(project, *words).nodes["ppo"].data) == {"data"}
+    ref = _graph(project, *words, "stages.ppo.ptx_coef=1").nodes["ppo"].data["ptx_data"]
+    assert (ref.name, ref.share) == ("toy", "sft")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "It rains."}\n' * 5)
+    words.append("stages.ppo.ptx_coef=1")
+    ref = _graph(project, *words, f"stages.ppo.ptx_data={texts}").nodes["ppo"].data["ptx_data"]
+    # No other stage reads the file.
+    assert (ref.name, ref.share) == (str(texts), "train")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Why?"}\n' * 5)
+    error = str(_error(project, *words, f"stages.ppo.ptx_data={prompts}"))
+    assert error.startswith(f"stages.ppo.ptx_data.path: {prompts} has neither demonstrations nor text")
+    assert error.endswith("or set stages.ppo.ptx_coef=0")
+
+
 SECOND = (
     "+stage@stages.rm_2=rm",
     "stages.rm_2.policy=sft",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from alignpipe.artifact import sha256_file
-from alignpipe.errors import AlignpipeError, Stopped
+from alignpipe.errors import AlignpipeError, ConfigError, Stopped
 from alignpipe.training.context import Context
 from tests.project import Project
 
@@ -118,6 +118,27 @@ def test_ppo_learns_from_both_and_resumes_bit_for_bit(
     # An edit, and the stage is another one.
     Path("my_reward.py").write_text(SOURCE.replace("/ 10", "/ 20"), encoding="utf-8")
     assert sha256_file(copied.run(*words) / "ppo" / "model.safetensors") != weights
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "reinforce_pp"])
+def test_ppo_without_any_model_that_rewards(copied: Project, function: str, advantage: str) -> None:
+    words = (
+        *PPO,
+        "stage.reward_model=null",
+        function,
+        f"stage.advantage={advantage}",
+        "stage.num_rollouts=1",
+    )
+    folder = copied.run(*words, "stage.num_samples=2", "stage.missing_eos_penalty=0") / "ppo"
+    (line,) = _rows(folder / "metrics.jsonl")
+    assert line["objective/score"] == pytest.approx(line["reward/function"])
+    row = _rows(folder / "samples.jsonl")[0]
+    assert row["reward"] == pytest.approx(_letters([row["prompt"]], [row["response"]])[0])
+
+
+def test_ensemble_of_one_model_with_one_head_is_refused(copied: Project) -> None:
+    with pytest.raises(ConfigError, match="needs members that can disagree, but latest/rm has one head"):
+        copied.run(*EVAL, MODEL, "stage.reward.ensemble=mean_minus_std")
 
 
 def test_mistake_in_the_function_is_one_line_and_its_traceback_is_kept(
