@@ -7,7 +7,7 @@ A policy's figures are those of its scorecard, `ppo.gold.overall`; every other f
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignpipe.config import TOY, Config, EvalConfig, StageConfig
+from alignpipe.config import TOY, Config, EvalConfig, StageConfig, has_reward
 from alignpipe.errors import ConfigError, did_you_mean, nearest
 
 # Figures of a policy in the scorecard -> the key of the eval stage that they need, or None.
@@ -173,7 +173,7 @@ def _lacks(judge: EvalConfig, figure: str) -> str | None:
         judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
     ):
         return "data=toy, since the gold judge knows the embedded world alone"
-    if need == "reward_model" and judge.reward_model is None:
+    if need == "reward_model" and not has_reward(judge):
         return "a reward_model in the eval stage"
     if need == "reference" and judge.reference is None:
         return "a reference in the eval stage"
