@@ -70,7 +70,6 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
 
     policy.train(False)
     responses = respond(policy, tokenizer, prompts, config.num_samples, config, context)
-    texts = [prompt_text(records[index]) for index in encoded.kept[: len(prompts)]]
     asked = [text for text in texts for _ in range(config.num_samples)]
     flat = [r.example(prompt) for prompt, row in zip(prompts, responses, strict=True) for r in row]
     scored = reward(asked, [response.text for row in responses for response in row], flat)
