@@ -33,12 +33,12 @@ from alignpipe.evaluation.prejudice import group_gaps
 from alignpipe.evaluation.questions import Asked, Questions, gather
 from alignpipe.evaluation.response_measures import Columns, response_columns
 from alignpipe.evaluation.responses import Response, respond
-from alignpipe.evaluation.rewards import Reward, load_reward
+from alignpipe.evaluation.rewards import TERM, Reward, load_reward
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 
 SCORES = "scores.json"
-# What a gap between groups is measured in -> its column.
+# What a gap between groups is measured in -> its column; the terms of a composed reward have their own names.
 GAPS = {"gold": "gold.overall", "reward": "reward", "refusal": "refusal"}
 
 
@@ -132,7 +132,8 @@ def _measure(
         return Measured(responses, columns, logprobs, figures, None)
     replies = respond(policy, tokenizer, asked.loaded.prompts, samples, config, context, f"{role}_swapped")
     about = response_columns(asked.loaded, replies, reward)
-    measures = {name: about[column].mean(axis=1) for name, column in GAPS.items() if column in about}
+    judges = GAPS | {column: column for column in about if column.startswith(TERM)}
+    measures = {name: about[column].mean(axis=1) for name, column in judges.items() if column in about}
     return Measured(responses, columns, logprobs, figures, group_gaps(asked.wordings, measures))
 
 
@@ -201,4 +202,5 @@ def _reward_gaps(
     ]
     examples = encode_demonstrations(rows, tokenizer, config.max_length, "error").examples
     prompts, responses = [row.prompt for row in wordings], [row.response or "" for row in wordings]
-    return group_gaps(wordings, {"reward": reward.rewards(prompts, responses, examples)})
+    scored = reward(prompts, responses, examples)
+    return group_gaps(wordings, {"reward": scored.rewards, **scored.columns})
