@@ -120,7 +120,7 @@ def test_average_that_forgets_at_once_is_the_last_weights_and_a_slow_one_the_fir
 
 
 def test_weights_that_a_monitor_went_back_to_are_handed_on_without_an_average(copied: Project) -> None:
-    # Alarmed at the first look whatever the policy does: the weights of the start, which the judge liked best, or of it.
+    # Alarmed at the first look whatever the policy does.
     watch = (
         "action=restore",
         "num_prompts=12",
