@@ -1,4 +1,4 @@
-"""The typed schema of every group in conf/, and the checks a type cannot make.
+"""The typed schema of every group in conf/; checks.py holds what a type cannot check.
 
 YAML -> Hydra -> these dataclasses. Every default stands in conf/, so a field here has a type, a check and
 `MISSING`; the only defaults are those that say where a value is inherited from. Nothing in a configuration
@@ -6,21 +6,22 @@ names code to run: a stage is chosen by its `kind`.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
 
-from alignpipe.errors import ConfigError, did_you_mean
-
 BASE = "base"
 TOY = "toy"
+# Words of a judge; every other one names a reward model.
+JUDGES = ("auto", TOY, "none")
 TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
 LATEST = "latest"
+# In rounds: the newest policy before a stage.
+NEWEST = "newest"
 FORMATS = (
     "auto",
     "alpaca",
@@ -34,6 +35,22 @@ FORMATS = (
     "text",
 )
 SHARES = ("sft", "preference", "rl", "eval")
+# As the first word of a letter's name in Unicode.
+SCRIPTS = (
+    "latin",
+    "greek",
+    "cyrillic",
+    "arabic",
+    "hebrew",
+    "devanagari",
+    "bengali",
+    "tamil",
+    "thai",
+    "hangul",
+    "hiragana",
+    "katakana",
+    "cjk",
+)
 # Loss of dpo -> the keys that it reads, as losses/dpo.py takes them.
 PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
     "sigmoid": ("beta",),
@@ -86,6 +103,7 @@ class ColumnsConfig:
     rejected: str | None = plain()
     responses: str | None = plain()
     ranks: str | None = plain()
+    margin: str | None = plain()
     label: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
@@ -161,6 +179,9 @@ class DataConfig:
     max_rows: int | None = number(minimum=1)
     max_bad: float = number(minimum=0, maximum=1)
     on_overflow: str = choice("drop", "cut", "error")
+    # Path -> weight; in the key by what the paths hold.
+    mixture: dict[str, float] = plain(in_key=False)
+    mixture_stopping: str = choice("first_exhausted", "all_exhausted")
     shares: SharesConfig = field(default_factory=SharesConfig)
     labelers: LabelersConfig = field(default_factory=LabelersConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -275,10 +296,72 @@ class SweepConfig:
 
 @dataclass
 class PipelineConfig:
-    """A chain of stages, by name, in the order they run."""
+    """A chain of stages, by name, in the order they run; `compose/rounds.py` repeats those of `round`.
+
+    A pipeline without rounds says nothing of them, so the defaults of these keys stand here.
+    """
 
     name: str = plain()
     order: list[str] = plain()
+    round: list[str] = field(default_factory=list)
+    rounds: int = field(default=1, metadata={"min": 1, "max": 100})
+    start: str = BASE
+    from_round: dict[str, int] = field(default_factory=dict)
+    # Round -> stage -> keys; the round is a number in YAML and a text on the command line.
+    round_overrides: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GateConfig:
+    """A reward model that is heard alone where it thinks ill of a response (arXiv:2307.09288, 3.2.3)."""
+
+    model: str | None = plain()
+    below: float = number(above=0, maximum=0.999999)
+
+
+@dataclass
+class RewardConfig:
+    """What a reward is made of, beside the one `reward_model`."""
+
+    # In a key by its content, see pipeline/functions.py.
+    function: str | None = plain(in_key=False)
+    function_weight: float = number()
+    # Name -> weight; by name in a key too, since figures bear the names.
+    models: dict[str, float] = plain()
+    ensemble: str = choice("sum", "mean", "mean_minus_std")
+    uncertainty_penalty: float = number(minimum=0)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+class Rewarded(Protocol):
+    """Any section that says what a reward is."""
+
+    reward_model: str | None
+    reward: RewardConfig
+
+
+def reward_models(config: Rewarded, prefix: str = "") -> dict[str, str]:
+    """Role -> name of every reward model that a section names, each once; `reward_model` keeps its role."""
+    named = [*config.reward.models, *([config.reward.gate.model] if config.reward.gate.model else [])]
+    others = [name for name in dict.fromkeys(named) if name != config.reward_model]
+    first = {} if config.reward_model is None else {f"{prefix}reward_model": config.reward_model}
+    return first | {f"{prefix}reward_{index}": name for index, name in enumerate(others)}
+
+
+def reward_weights(config: Rewarded) -> dict[str, float]:
+    """Name -> weight of the reward models that are summed; `reward_model` counts 1 unless `models` says otherwise."""
+    alone = {} if config.reward_model is None else {config.reward_model: 1.0}
+    return alone | config.reward.models
+
+
+def is_composed(reward: RewardConfig) -> bool:
+    """Whether a reward is anything but the score of `reward_model`."""
+    return reward.function is not None or bool(reward.models) or reward.gate.model is not None
+
+
+def has_reward(config: Rewarded) -> bool:
+    """Whether there is anything to reward responses by."""
+    return config.reward.function is not None or bool(reward_weights(config))
 
 
 @dataclass
@@ -288,6 +371,34 @@ class StageConfig:
     kind: str = plain()
     seed: int = number(minimum=0, maximum=2**32 - 1)
     data: DataConfig = field(default_factory=_root_data)
+
+
+@dataclass
+class MonitorConfig:
+    """What a held-out judge watches for while a policy is trained, and what then happens."""
+
+    action: str = choice("none", "warn", "stop", "restore")
+    judge: str = plain()
+    num_prompts: int = number(minimum=8)
+    num_samples: int = number(minimum=1)
+    max_fall: float | None = number(minimum=0)
+    confidence: float = number(minimum=0.5, maximum=0.9999)
+    max_length_ratio: float | None = number(above=1)
+    min_entropy_ratio: float | None = number(above=0, maximum=1)
+    max_repetition: float | None = number(above=0, maximum=1)
+    max_kl: float | None = number(above=0)
+
+
+@dataclass
+class StageMonitorConfig(MonitorConfig):
+    """The same in one stage, with how often it looks: in rollouts of ppo, in steps of the others."""
+
+    every: int = number(minimum=1)
+
+
+def _root_monitor() -> Any:
+    """The monitor of one stage: the root's, but for what the stage says."""
+    return StageMonitorConfig(**{spec.name: II(f"monitor.{spec.name}") for spec in fields(MonitorConfig)})
 
 
 @dataclass
@@ -331,12 +442,45 @@ class TrainingConfig(OptimizerConfig):
 
 
 @dataclass
+class SelectionConfig:
+    """Which demonstrations are worth training on."""
+
+    drop_duplicates: bool = plain()
+    # Jaccard similarity from which a row is a near duplicate.
+    near_duplicates: float | None = number(above=0, maximum=1)
+    min_tokens: int | None = number(minimum=1)
+    max_tokens: int | None = number(minimum=1)
+    scripts: list[str] = plain()
+    min_script_share: float = number(minimum=0, maximum=1)
+    method: str = choice("none", "random", "perplexity", "ifd", "reward")
+    diversity: str = choice("none", "kcenter")
+    keep: float = number(above=0, maximum=1)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether rows are held against each other, rather than each against bounds."""
+        return self.method != "none" or self.diversity != "none"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any row could be left out."""
+        bounds = (self.near_duplicates, self.min_tokens, self.max_tokens)
+        refuses = self.drop_duplicates or bool(self.scripts) or any(bound is not None for bound in bounds)
+        return refuses or self.ranks
+
+
+@dataclass
 class SFTConfig(TrainingConfig, SamplingConfig):
     """Supervised fine-tuning."""
 
     policy: str = plain(in_key=False)
-    loss_on: str = choice("response", "all")
+    reward_model: str | None = plain(in_key=False)
+    selection_model: str | None = plain(in_key=False)
+    loss_on: str = choice("response", "last", "all")
+    neftune_alpha: float = number(minimum=0)
+    select_epoch: str = choice("last", "loss", "reward")
     num_samples: int = number(minimum=0)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
 @dataclass
@@ -345,6 +489,17 @@ class RMConfig(TrainingConfig):
 
     policy: str = plain(in_key=False)
     demonstrations: DataConfig = field(default_factory=_root_data)
+    # Its content is in the key, not where it lies.
+    benchmark: str | None = plain(in_key=False)
+    loss: str = choice("kwise", "plackett_luce")
+    margin: str = choice("none", "column", "rank", "gold")
+    margin_degrees: str = choice("small", "large")
+    margin_scale: float = number(above=0)
+    label_smoothing: float = number(minimum=0, maximum=0.49)
+    ties: str = choice("drop", "half")
+    centering: float = number(minimum=0)
+    num_heads: int = number(minimum=1, maximum=64)
+    stress_rows: int = number(minimum=0)
 
 
 @dataclass
@@ -366,6 +521,7 @@ class DPOConfig(TrainingConfig, SamplingConfig):
     sft_coef: float = number(minimum=0)
     pairs: str = choice("all", "best_worst")
     num_samples: int = number(minimum=0)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -373,11 +529,21 @@ class RSConfig(TrainingConfig, SamplingConfig):
     """Rejection sampling: sample, keep the best, fine-tune on it."""
 
     policy: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
+    pool: list[str] = plain(in_key=False)
     num_samples: int = number(minimum=2)
+    select: str = choice("best", "top_k", "threshold", "rso")
+    top_k: int = number(minimum=1)
+    threshold: float = number()
+    rso_beta: float = number(above=0)
+    num_accepted: int = number(minimum=1)
+    min_response_length: int = number(minimum=0)
+    min_reward: float | None = number()
     replay: float = number(minimum=0, maximum=0.9)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
 
 @dataclass
@@ -386,22 +552,50 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
 
     policy: str = plain(in_key=False)
     reference: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ptx_data: DataConfig = field(default_factory=_root_data)
+    advantage: str = choice("gae", "rloo", "grpo", "reinforce_pp")
+    grpo_std: bool = plain()
     num_rollouts: int = number(minimum=1)
     rollout_size: int = number(minimum=2)
     num_samples: int = number(minimum=1)
     ppo_epochs: int = number(minimum=1)
     value_learning_rate: float = number(above=0)
+    value_pretrain_rollouts: int = number(minimum=0)
     kl_coef: float = number(minimum=0)
+    kl_estimator: str = choice("k1", "k2", "k3")
+    kl_in: str = choice("reward", "loss")
     kl_controller: str = choice("fixed", "adaptive")
     target_kl: float = number(above=0)
     kl_horizon: float = number(above=0)
+    kl_budget: float | None = number(above=0)
+    on_kl_budget: str = choice("stop", "warn")
+    max_update_kl: float | None = number(above=0)
     gamma: float = number(minimum=0, maximum=1)
     gae_lambda: float = number(minimum=0, maximum=1)
     clip_range: float = number(above=0)
+    dual_clip: float | None = number(above=1)
     value_clip_range: float = number(above=0)
+    reward_scaling: str = choice("none", "running")
     score_clip: float = number(above=0)
     missing_eos_penalty: float = number(minimum=0)
+    whiten_rewards: bool = plain()
+    entropy_coef: float = number(minimum=0)
+    ptx_coef: float = number(minimum=0)
+    ptx_batch_size: int = number(minimum=1)
+    ema_decay: float | None = number(minimum=0, maximum=0.99999)
+    monitor: StageMonitorConfig = field(default_factory=_root_monitor)
+
+    @property
+    def has_value_model(self) -> bool:
+        """Whether advantages come from a value model; the other estimators compare responses."""
+        return self.advantage == "gae"
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates over the responses of one rollout, where none is left out."""
+        return self.ppo_epochs * self.rollout_size * self.num_samples // self.batch_size
 
 
 @dataclass
@@ -409,6 +603,7 @@ class CollectConfig(SamplingConfig):
     """Sample several responses a prompt and have them ranked."""
 
     policy: str = plain(in_key=False)
+    previous: str | None = plain(in_key=False)
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2, maximum=9)
     judge: str = choice(TOY)
@@ -429,8 +624,9 @@ class EvalConfig(SamplingConfig):
     policies: list[str] = plain(in_key=False)
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     win_rate_against: str | None = plain(in_key=False)
-    judge: str = choice("auto", TOY, "none")
+    judge: str = choice(*JUDGES)
     num_prompts: int = number(minimum=1)
     num_samples: int = number(minimum=1)
     # What perplexity is measured on.
@@ -471,6 +667,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     stage: StageConfig | None = None
     stages: dict[str, StageConfig] = field(default_factory=dict)
     pipeline: PipelineConfig | None = None
@@ -482,15 +679,16 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
+def num_selected(config: RSConfig) -> int:
+    """Responses of a prompt that rejection sampling learns, as far as that is known before it samples."""
+    # Half of them reach the median.
+    known = {"top_k": config.top_k, "threshold": -(-config.num_samples // 2), "rso": config.num_accepted}
+    return known.get(config.select, 1)
+
+
 def num_ppo_steps(config: PPOConfig) -> int:
     """Optimizer updates of the policy in a whole PPO stage."""
-    return (
-        config.num_rollouts
-        * config.ppo_epochs
-        * config.rollout_size
-        * config.num_samples
-        // config.batch_size
-    )
+    return config.num_rollouts * config.updates_per_rollout
 
 
 def register() -> None:
@@ -503,119 +701,12 @@ def register() -> None:
         "rollout": RolloutConfig,
         "launch": LaunchConfig,
         "adapter": AdapterConfig,
+        "reward": RewardConfig,
+        "monitor": MonitorConfig,
         "pipeline": PipelineConfig,
     }
     for name, node in {**groups, **KINDS}.items():
         store.store(group="schema", name=name, node=node)
-
-
-def problems(config: Any, path: str = "") -> Iterator[str]:
-    """Every value out of its bounds, as `key: what is wrong`."""
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        key = f"{path}.{spec.name}" if path else spec.name
-        if is_dataclass(value):
-            yield from problems(value, key)
-        elif isinstance(value, dict) and value and all(is_dataclass(item) for item in value.values()):
-            for name, item in value.items():
-                yield from problems(item, f"{key}.{name}")
-        elif (complaint := _complaint(value, dict(spec.metadata))) is not None:
-            yield f"{key}: {complaint}"
-    yield from _relations(config, path)
-
-
-def _complaint(value: Any, rule: dict[str, Any]) -> str | None:
-    if value is None:
-        return None
-    if "options" in rule and value not in rule["options"]:
-        return f"there is no {value!r} here. {did_you_mean(str(value), rule['options'])}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not math.isfinite(value):
-        return f"must be a finite number, got {value}"
-    if rule.get("above") is not None and value <= rule["above"]:
-        return f"must be more than {rule['above']}, got {value}"
-    if rule.get("min") is not None and value < rule["min"]:
-        return f"must be at least {rule['min']}, got {value}"
-    if rule.get("max") is not None and value > rule["max"]:
-        return f"must be at most {rule['max']}, got {value}"
-    return None
-
-
-def _relations(config: Any, path: str) -> Iterator[str]:
-    """Checks between two keys of one section."""
-    at = f"{path}." if path else ""
-    if isinstance(config, SharesConfig):
-        total = config.sft + config.preference + config.rl + config.eval
-        if not math.isclose(total, 1.0, abs_tol=1e-6):
-            yield f"{path}: the four fractions must add up to 1, they make {total:g}"
-    if isinstance(config, GuidelineConfig) and config.helpful + config.truthful + config.harmless <= 0:
-        yield f"{path}: at least one weight must be above 0"
-    if isinstance(config, OptimizerConfig) and config.batch_size % min(
-        config.micro_batch_size, config.batch_size
-    ):
-        near = _nearest_multiples(config.batch_size, config.micro_batch_size)
-        yield (
-            f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
-            f"{config.micro_batch_size}; nearest: {near}"
-        )
-    if isinstance(config, LaunchConfig):
-        yield from _launch_relations(config, at)
-    if isinstance(config, DPOConfig):
-        yield from _loss_relations(config, at)
-    if isinstance(config, PPOConfig) and config.rollout_size * config.num_samples % config.batch_size:
-        yield (
-            f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
-            f"must be a multiple of batch_size {config.batch_size}"
-        )
-
-
-def _loss_relations(config: DPOConfig, at: str) -> Iterator[str]:
-    if config.loss not in PREFERENCE_LOSSES:
-        return
-    reads = PREFERENCE_LOSSES[config.loss]
-    for key in dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys):
-        given = getattr(config, key) is not None
-        if given and key not in reads:
-            readers = " or ".join(f"loss={loss}" for loss, keys in PREFERENCE_LOSSES.items() if key in keys)
-            yield f"{at}{key}: loss={config.loss} does not read it; leave it out, or take {readers}"
-        if not given and key in reads:
-            yield f"{at}{key}: loss={config.loss} needs it; give a number, or leave the key out for the usual one"
-    if config.reference is None and config.loss not in REFERENCE_FREE:
-        free = " or ".join(f"loss={loss}" for loss in REFERENCE_FREE)
-        yield f"{at}reference: loss={config.loss} needs one; name a policy, or take {free}"
-
-
-def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:
-    processes = config.num_processes
-    if config.strategy == "single" and (config.num_machines > 1 or (processes or 1) > 1):
-        yield f"{at}num_processes: launch=single is one process; take launch=ddp or launch=fsdp2 for {processes}"
-    if processes is not None and processes % config.num_machines:
-        near = _nearest_multiples(processes, config.num_machines)
-        yield (
-            f"{at}num_processes: {processes} over all machines is no multiple of num_machines "
-            f"{config.num_machines}; nearest: {near}"
-        )
-    if config.num_machines > 1 and processes is None:
-        yield f"{at}num_processes: say how many, over all {config.num_machines} machines"
-    if config.num_machines > 1 and config.rendezvous is None:
-        yield f"{at}rendezvous: {config.num_machines} machines need HOST:PORT of the first one"
-    if config.machine_rank >= config.num_machines:
-        yield (
-            f"{at}machine_rank: {config.machine_rank} must be below num_machines {config.num_machines}; the first is 0"
-        )
-    if config.optimizer_offload and config.strategy in SHARDED:
-        yield (
-            f"{at}optimizer_offload: {config.strategy} cuts the moments over the processes already; "
-            f"leave one of the two out"
-        )
-    if config.device == "mps" and (processes or 1) > 1:
-        yield f"{at}num_processes: mps is one device, got {processes}"
-
-
-def _nearest_multiples(value: int, step: int) -> str:
-    below, above = value // step * step, (value // step + 1) * step
-    return f"{below} or {above}" if below else str(above)
 
 
 def semantic(config: Any) -> dict[str, Any]:
@@ -626,14 +717,3 @@ def semantic(config: Any) -> dict[str, Any]:
             value = getattr(config, spec.name)
             result[spec.name] = semantic(value) if is_dataclass(value) else value
     return result
-
-
-def check(config: Config) -> None:
-    """Raise one error with every problem found.
-
-    Raises:
-        ConfigError: some value is out of its bounds; at most 20 are named.
-    """
-    found = list(problems(config))
-    if found:
-        raise ConfigError("; ".join(found[:20]))

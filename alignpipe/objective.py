@@ -7,7 +7,7 @@ A policy's figures are those of its scorecard, `ppo.gold.overall`; every other f
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignpipe.config import TOY, Config, EvalConfig, StageConfig
+from alignpipe.config import TOY, Config, EvalConfig, StageConfig, has_reward
 from alignpipe.errors import ConfigError, did_you_mean, nearest
 
 # Figures of a policy in the scorecard -> the key of the eval stage that they need, or None.
@@ -43,7 +43,7 @@ STAGE_FIGURES: dict[str, tuple[str, ...]] = {
     "sft": ("eval_loss",),
     "collect": ("labeler_agreement", "gold_mean", "finished"),
     "rm": ("accuracy", "gold_accuracy", "margin", "calibration_error", "eval_loss"),
-    "rs": ("eval_loss", "reward_mean", "reward_best", "without_eos"),
+    "rs": ("eval_loss", "reward_mean", "reward_best", "reward_selected", "unanswered", "length_shift"),
     "ppo": ("reward", "kl"),
     "dpo": ("eval_loss", "eval_accuracy"),
     "eval": (),
@@ -53,6 +53,7 @@ PROXIES = (
     "reward",
     "reward_mean",
     "reward_best",
+    "reward_selected",
     "win_rate.reward",
     "length_controlled_win_rate.reward",
 )
@@ -63,7 +64,8 @@ _LOW_IS_BEST = (
     "best_of_n",
     "gap",
     "error",
-    "without_eos",
+    "unanswered",
+    "shift",
     "perplexity",
     "repetition",
     "seq_rep_4",
@@ -171,7 +173,7 @@ def _lacks(judge: EvalConfig, figure: str) -> str | None:
         judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
     ):
         return "data=toy, since the gold judge knows the embedded world alone"
-    if need == "reward_model" and judge.reward_model is None:
+    if need == "reward_model" and not has_reward(judge):
         return "a reward_model in the eval stage"
     if need == "reference" and judge.reference is None:
         return "a reference in the eval stage"

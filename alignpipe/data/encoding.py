@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, Text, Unpaired, messages_text
+from alignpipe.data.records import (
+    Degree,
+    Demonstration,
+    Prompt,
+    Ranking,
+    Record,
+    Text,
+    Unpaired,
+    messages_text,
+)
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 
@@ -42,12 +51,14 @@ class RankedExample:
         ranks: One an example; 1 is best.
         gold: True worth of each, where it is known.
         prompt_length: Tokens of the prompt.
+        margin: By how much the best is better, where people said it.
     """
 
     examples: tuple[Example, ...]
     ranks: tuple[float, ...]
     gold: tuple[float, ...] | None
     prompt_length: int
+    margin: float | Degree | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -68,11 +79,18 @@ class Encoded(Generic[Item]):
         examples: What can be batched.
         num_overflow: Records over the length, whether they were cut or dropped.
         kept: For each example, the index of its record.
+        num_dropped: Records over the length of which nothing is left.
     """
 
     examples: list[Item]
     num_overflow: int
     kept: list[int]
+    num_dropped: int = 0
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """What became of the records over the length, for the figures of a stage."""
+        return {"rows_cut": self.num_overflow - self.num_dropped, "rows_dropped": self.num_dropped}
 
 
 class _Fit(NamedTuple, Generic[Item]):
@@ -96,8 +114,9 @@ def encode_demonstrations(
         tokenizer: With the template they are written in.
         max_length: Tokens an example may have, at least 2.
         on_overflow: For one over it: `drop` it, `cut` the prompt from the left (BOS stays) and only then the
-            response from the right, or `error`.
-        loss_on: `response` learns the assistant's turns, `all` every token.
+            response from the right, or `error`. A token of the prompt stays and one of the response at least, so
+            that there is something to learn; a response that was cut does not learn to end there.
+        loss_on: `response` learns the assistant's turns, `last` its last turn alone, `all` every token.
 
     Raises:
         DataError: One is over the length and that is an error, or none is left.
@@ -105,26 +124,32 @@ def encode_demonstrations(
 
     def fit(record: Demonstration) -> _Fit[Example]:
         ids, mask = tokenizer.encode_conversation(record.messages)
-        length = len(ids)
+        length, prompt_length = len(ids), _num_before_last_turn(mask)
+        if loss_on == "last":
+            mask = [False] * prompt_length + mask[prompt_length:]
         if length > max_length:
             if on_overflow != "cut":
                 return _Fit(None, length)
-            prompt_length = len(tokenizer.encode_prompt(record.prompt))
             start, end = _cut_prompt(ids[:prompt_length], length - max_length, tokenizer)
             ids, mask = [*ids[:start], *ids[end:]][:max_length], [*mask[:start], *mask[end:]][:max_length]
-        mask = [False, *(mask[1:] if loss_on == "response" else [True] * (len(ids) - 1))]
+        mask = [False, *([True] * (len(ids) - 1) if loss_on == "all" else mask[1:])]
         return _Fit(Example(ids, mask), length)
 
     return _encode(records, fit, "max_length", max_length, on_overflow)
 
 
 def encode_rankings(
-    records: Sequence[Ranking], tokenizer: Tokenizer, max_length: int, on_overflow: str
+    records: Sequence[Ranking],
+    tokenizer: Tokenizer,
+    max_length: int,
+    on_overflow: str,
+    *,
+    keep_tied: bool = False,
 ) -> Encoded[RankedExample]:
     """Encodes rankings; each response is one example, and all of a ranking have the same prompt.
 
     Responses that are equal in tokens are one, with the best of their ranks; a ranking in which no two
-    responses differ in rank teaches nothing and is left out.
+    responses differ in rank is left out, since it teaches nothing where ties are dropped.
 
     Args:
         records: The rankings.
@@ -132,6 +157,7 @@ def encode_rankings(
         max_length: Tokens an example may have, at least 2.
         on_overflow: For responses over it: `drop` them (and the ranking when fewer than two are left), `cut`
             the prompt from the left for all of them, then each from the right, or `error`.
+        keep_tied: Keep rankings whose responses are all tied too.
 
     Raises:
         DataError: One is over the length and that is an error, or none is left.
@@ -150,11 +176,11 @@ def encode_rankings(
                 first.setdefault(tuple(responses[index]), index)
         chosen = sorted(first.values())
         ranks = tuple(record.ranks[index] for index in chosen)
-        if len(set(ranks)) < 2:
+        if len(ranks if keep_tied else set(ranks)) < 2:
             return _Fit(None, length)
         examples = tuple(_example(prompt, responses[index]) for index in chosen)
         gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
-        return _Fit(RankedExample(examples, ranks, gold, len(prompt)), length)
+        return _Fit(RankedExample(examples, ranks, gold, len(prompt), record.margin), length)
 
     return _encode(records, fit, "max_length", max_length, on_overflow)
 
@@ -239,6 +265,11 @@ def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int)
     return Encoded(examples, 0, kept)
 
 
+def _num_before_last_turn(mask: Sequence[bool]) -> int:
+    """Tokens up to the assistant's last turn, which stands at the end and is learnt whole."""
+    return max((index + 1 for index, learnt in enumerate(mask) if not learnt), default=0)
+
+
 def _example(prompt: list[int], response: list[int]) -> Example:
     return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
 
@@ -257,12 +288,13 @@ def _encode(
     on_overflow: str,
 ) -> Encoded[Item]:
     encoded: Encoded[Item] = Encoded([], 0, [])
-    num_overflow = 0
+    num_overflow = num_dropped = 0
     lengths: list[int] = []
     for index, record in enumerate(records):
         item, length = fit(record)
         lengths.append(length)
         num_overflow += length > limit
+        num_dropped += length > limit and item is None
         if length > limit and on_overflow == "error":
             raise DataError(
                 f"row {index + 1} of those read ({_shown(record)}) has {length} tokens, more than "
@@ -274,7 +306,7 @@ def _encode(
             encoded.kept.append(index)
     if records and not encoded.examples:
         raise DataError(_none_left(lengths, key, limit, on_overflow))
-    return Encoded(encoded.examples, num_overflow, encoded.kept)
+    return Encoded(encoded.examples, num_overflow, encoded.kept, num_dropped)
 
 
 def _shown(record: Record) -> str:

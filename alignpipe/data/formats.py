@@ -5,7 +5,7 @@ Alpaca, messages, ShareGPT, prompt and completion, pairs, ranked lists, prompts,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from alignpipe.config import ColumnsConfig
@@ -31,6 +31,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "responses": ("responses", "completions"),
     "ranks": ("ranks",),
+    "margin": ("margin",),
     "label": ("label",),
     "messages": ("messages", "conversations", "conversation"),
     "instruction": ("instruction",),
@@ -39,7 +40,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
 }
 # Fields that a row may leave out.
-_OPTIONAL = ("input", "ranks", "system")
+_OPTIONAL = ("input", "margin", "ranks", "system")
 # NeMo's name for the prompt of a ranked list; elsewhere `context` is often a document.
 _RANKED_PROMPT = (*FIELDS["prompt"], "context")
 
@@ -238,12 +239,12 @@ def _read_text(values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
 
 def _read_pair(values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     record = read_pair(values, columns)
-    return Ranking(_with_system(record.prompt, values, columns), record.responses, record.ranks)
+    return replace(record, prompt=_with_system(record.prompt, values, columns))
 
 
 def _read_ranked(values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
     record = read_ranked(values, columns)
-    return Ranking(_with_system(record.prompt, values, columns), record.responses, record.ranks, record.gold)
+    return replace(record, prompt=_with_system(record.prompt, values, columns))
 
 
 def _read_unpaired(values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:

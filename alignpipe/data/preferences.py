@@ -7,6 +7,7 @@ last assistant turn.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from alignpipe.data.dialogue import (
     read_hh,
     text_of,
 )
-from alignpipe.data.records import MAX_RESPONSES, MIN_RESPONSES, Message, Ranking
+from alignpipe.data.records import DEGREES, MAX_RESPONSES, MIN_RESPONSES, Degree, Message, Ranking
 
 _Side = tuple[tuple[Message, ...], str]
 
@@ -32,10 +33,10 @@ def read_pair(values: Mapping[str, Any], columns: Mapping[str, str]) -> Ranking:
 
     Args:
         values: The row.
-        columns: Column of `chosen`, `rejected` and maybe `prompt`.
+        columns: Column of `chosen`, `rejected` and maybe `prompt` and `margin`.
 
     Raises:
-        RowFault: A response is empty, both are equal, or the two have no prompt in common.
+        RowFault: A response is empty, both are equal, the two have no prompt in common, or the margin is none.
     """
     prompt = None
     if "prompt" in columns:
@@ -53,7 +54,26 @@ def read_pair(values: Mapping[str, Any], columns: Mapping[str, str]) -> Ranking:
         text_of(text, columns[name])
     if chosen.strip() == rejected.strip():
         raise RowFault("chosen and rejected are equal")
-    return Ranking(shared, (chosen, rejected), (1.0, 2.0))
+    return Ranking(shared, (chosen, rejected), (1.0, 2.0), margin=_margin(values, columns.get("margin", "")))
+
+
+def _margin(values: Mapping[str, Any], name: str) -> float | Degree | None:
+    """Returns the margin of a pair: a number, a degree, or None where the row has none."""
+    value = values.get(name)
+    if isinstance(value, str):
+        word = value.strip().lower().removesuffix(" better")
+        if word in DEGREES:
+            return word
+        # CSV has no numbers.
+        with suppress(ValueError):
+            value = float(word)
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise RowFault(
+            f"{name} holds {str(value)[:20]!r}, expected a number of at least 0 or one of {', '.join(DEGREES)}"
+        )
+    return float(value)
 
 
 def _side(value: Any, name: str, prompt: tuple[Message, ...] | None) -> _Side:

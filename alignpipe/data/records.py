@@ -6,11 +6,14 @@ A prompt is a conversation that ends with what the assistant is to answer; a res
 from dataclasses import dataclass
 from typing import Literal
 
+Degree = Literal["significantly", "better", "slightly", "negligibly"]
 RecordType = Literal["demonstrations", "rankings", "unpaired", "prompts", "text"]
 RECORD_TYPES: tuple[RecordType, ...] = ("demonstrations", "rankings", "unpaired", "prompts", "text")
 ROLES = ("system", "user", "assistant")
 # InstructGPT's labelers ranked 4 to 9 responses (arXiv:2203.02155, 3.5); a pair is the smallest ranking.
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
+# How much better the chosen response is, in the words of Llama 2's annotators (arXiv:2307.09288, 3.2.1).
+DEGREES: tuple[Degree, ...] = ("significantly", "better", "slightly", "negligibly")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,14 @@ class Ranking:
         responses: The texts.
         ranks: One a response; 1 is best, equal ranks are ties.
         gold: True worth of each response, where it is known.
+        margin: By how much the best is better, a number of at least 0 or a degree, where people said it.
     """
 
     prompt: tuple[Message, ...]
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     gold: tuple[float, ...] | None = None
+    margin: float | Degree | None = None
 
     @property
     def best(self) -> int:

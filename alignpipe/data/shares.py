@@ -43,7 +43,14 @@ def share_of(text: str, shares: SharesConfig, salt: str = "") -> Share:
 def in_share(
     records: Sequence[AnyRecord], share: str, shares: SharesConfig, salt: str = ""
 ) -> list[AnyRecord]:
-    """Returns the records of one share, in order.
+    """Returns the records of one share, in order; as `indices_in_share`."""
+    return [records[index] for index in indices_in_share(records, share, shares, salt)]
+
+
+def indices_in_share(
+    records: Sequence[Record], share: str, shares: SharesConfig, salt: str = ""
+) -> list[int]:
+    """Returns which records belong to one share, in order.
 
     Args:
         records: Any records.
@@ -55,8 +62,10 @@ def in_share(
         ConfigError: There is no such share.
     """
     if share == "all":
-        return list(records)
+        return list(range(len(records)))
     if share not in (*SHARES, "train"):
         raise ConfigError(f"there is no share {share!r}. {did_you_mean(share, (*SHARES, 'train', 'all'))}")
     wanted = set(SHARES) - {"eval"} if share == "train" else {share}
-    return [record for record in records if share_of(prompt_text(record), shares, salt) in wanted]
+    return [
+        index for index, record in enumerate(records) if share_of(prompt_text(record), shares, salt) in wanted
+    ]

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,27 @@ from alignpipe.data.rows import is_data_file, read_rows
 from alignpipe.errors import DataError
 
 __all__ = [
+    "COLLECT",
+    "MIXTURE",
     "RANKINGS",
     "DataSource",
     "RecordSet",
     "Rejected",
     "content_hash",
     "detect_format",
+    "find_mixture",
     "find_source",
+    "holds_world",
+    "parts_of",
+    "read_parts",
     "read_records",
     "readable_types",
     "write_rankings",
     "write_rejected",
 ]
 
+# Kinds of source that are not read from a file of the user's as it is.
+COLLECT, MIXTURE = "collect", "mixture"
 # What a collect stage's folder holds.
 RANKINGS = "rankings.jsonl"
 _CHUNK = 1 << 20
@@ -48,8 +56,8 @@ class DataSource:
     """A data set that exists.
 
     Attributes:
-        kind: `toy`, `file`, `hub` or `collect`.
-        path: Absolute path of a file or folder; the id on the hub; `toy`.
+        kind: `toy`, `file`, `hub`, `collect`, or `mixture`: the sets of `config.mixture`.
+        path: Absolute path of a file or folder; the id on the hub; `toy`; the paths of a mixture with ` + ` between.
         config: How its rows become records.
     """
 
@@ -114,6 +122,28 @@ def find_source(name: str, config: DataConfig) -> DataSource:
     raise DataError(_missing(name, path))
 
 
+def find_mixture(config: DataConfig) -> DataSource:
+    """Finds every data set of `config.mixture`; the paths in it become absolute.
+
+    Raises:
+        DataError: As in `find_source`.
+    """
+    paths = {find_source(name, config).path: weight for name, weight in config.mixture.items()}
+    return DataSource(MIXTURE, " + ".join(paths), replace(config, mixture=paths))
+
+
+def parts_of(source: DataSource) -> list[DataSource]:
+    """Returns the data sets that a mixture is made of; any other is its own one part."""
+    if source.kind != MIXTURE:
+        return [source]
+    return [find_source(name, source.config) for name in source.config.mixture]
+
+
+def holds_world(source: DataSource) -> bool:
+    """Whether the embedded world is in it, alone or among others."""
+    return any(part.kind == TOY for part in parts_of(source))
+
+
 def _missing(name: str, path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
@@ -136,7 +166,7 @@ def _paths(source: DataSource) -> list[Path]:
 
 
 def content_hash(source: DataSource, hash_file: Callable[[Path], str] | None = None) -> str:
-    """Returns a sha256 of what a data set holds, or the commit of one on the hub.
+    """Returns a sha256 of what a data set holds, or the commit of one on the hub; of a mixture with its weights.
 
     Args:
         source: The data set. Of the embedded world, the code and the world's own settings count; the labelers
@@ -147,6 +177,10 @@ def content_hash(source: DataSource, hash_file: Callable[[Path], str] | None = N
         DataError: A file cannot be read.
         MachineError: The hub cannot be reached.
     """
+    if source.kind == MIXTURE:
+        weights = source.config.mixture.values()
+        hashes = [content_hash(part, hash_file) for part in parts_of(source)]
+        return _digest([[content, weight] for content, weight in zip(hashes, weights, strict=True)])
     if source.kind == "hub":
         return resolve_commit(source.path, source.config.revision)
     if source.kind == "toy":
@@ -209,26 +243,37 @@ def layout_of(source: DataSource) -> Layout:
 def detect_format(source: DataSource) -> str:
     """Returns the format of a data set: `data.format`, or what its columns say; `toy` for the embedded world.
 
+    A mixture with Alpaca rows counts as Alpaca's, since their template has to hold for all.
+
     Raises:
         DataError: As in `layout_of`.
     """
-    return TOY if source.kind == "toy" else layout_of(source).format
+    found = {TOY if part.kind == TOY else layout_of(part).format for part in parts_of(source)}
+    return "alpaca" if "alpaca" in found else min(found)
 
 
 def readable_types(source: DataSource) -> frozenset[RecordType]:
-    """Returns the types of record that a data set can serve.
+    """Returns the types of record that a data set can serve; of a mixture, those that all its parts can.
 
     Raises:
         DataError: As in `layout_of`.
     """
-    return frozenset(RECORD_TYPES) - {"unpaired"} if source.kind == "toy" else TYPES[layout_of(source).format]
+    parts = parts_of(source)
+    world = frozenset(RECORD_TYPES) - {"unpaired"}
+    types = [world if one.kind == TOY else TYPES[layout_of(one).format] for one in parts]
+    return frozenset.intersection(*types)
+
+
+def read_parts(source: DataSource, want: RecordType) -> list[RecordSet]:
+    """Reads each part of a data set as `read_records` does."""
+    return [read_records(part, want) for part in parts_of(source)]
 
 
 def read_records(source: DataSource, want: RecordType) -> RecordSet:
     """Reads a data set as records of one type.
 
     Args:
-        source: The data set.
+        source: The data set, no mixture.
         want: The type; see `readable_types`.
 
     Raises:

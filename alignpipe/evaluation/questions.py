@@ -104,6 +104,17 @@ def _held_out_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -
     if "text_data" not in context.task.data:
         return []
     data = config.text_data
+    found = _encoded_text(config, context, tokenizer)
+    if not found and data.path != config.data.path:
+        raise DataError(
+            f"{context.task.name}: no row of {data.path} is in the evaluation share; add rows, or raise "
+            f"text_data.shares.eval (and lower another, the four add up to 1)"
+        )
+    return found
+
+
+def _encoded_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> list[Example]:
+    data = config.text_data
     if data.format != "text" and "demonstrations" in context.record_types("text_data", data):
         shown = context.records("text_data", data, Demonstration)[: config.text_rows]
         return encode_demonstrations(shown, tokenizer, config.max_length, data.on_overflow).examples

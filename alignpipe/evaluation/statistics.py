@@ -1,12 +1,18 @@
-"""Intervals by bootstrap (Efron 1979): over the prompts, and paired where two policies answered the same ones."""
+"""Intervals by bootstrap (Efron 1979): over the prompts, and paired where two policies answered the same ones.
+
+Of a rate by Wilson's formula (1927), which stays inside [0, 1] and is no point where nothing happened.
+"""
 
 from functools import lru_cache
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
+# Of the standard normal, for 95 %.
+Z95 = 1.959964
 
 
 class Figure(NamedTuple):
@@ -61,3 +67,16 @@ def interval(draws: NDArray[np.float64]) -> tuple[float, float]:
     """The 2.5th and the 97.5th percentile of a statistic over draws (R,)."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
+
+
+def wilson_interval(count: float, total: int) -> tuple[float, float]:
+    """95 % interval of a rate of which `count` of `total` (at least 1) were seen."""
+    rate, spread = count / total, Z95**2 / total
+    middle = rate + spread / 2
+    half = sqrt(rate * (1 - rate) * spread + spread**2 / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def lower_bound(values: NDArray[np.float64], confidence: float, seed: int = 0) -> float:
+    """What the mean of `values` (N,) is above with this confidence: the one-sided percentile bound."""
+    return float(np.quantile(values[resamples(len(values), seed)].mean(axis=1), 1 - confidence))

@@ -86,21 +86,50 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """H = -sum_v p_v log p_v of every next-token distribution.
+    """H = -sum_v p_v log p_v of every next-token distribution, of the whole vocabulary.
+
+    Costs one more pass over the logits, forwards and backwards, and for its gradient one more tensor of their size and
+    dtype; everything else is blocks of tokens in float32, as for the logprobs.
 
     Args:
         logits: (..., V), any float dtype.
         temperature: of the distribution.
 
     Returns:
-        (...) float32, nats.
+        (...) float32, nats (float64 where the logits are).
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    parts = []
-    for rows in _blocks(flat):
-        logprobs = _scaled(rows, temperature).log_softmax(-1)
-        parts.append(-(logprobs.exp() * logprobs).sum(-1))
-    return torch.cat(parts).view(logits.shape[:-1])
+    found: Tensor = _Entropy.apply(flat, temperature)  # type: ignore[no-untyped-call]
+    return found.view(logits.shape[:-1])
+
+
+class _Entropy(torch.autograd.Function):
+    """Rows of logits (N, V) -> entropies (N,); keeps only the logits and the N entropies."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
+        parts = []
+        for rows in _blocks(logits):
+            logprobs = _scaled(rows, temperature).log_softmax(-1)
+            parts.append(-(logprobs.exp() * logprobs).sum(-1))
+        found = torch.cat(parts)
+        ctx.save_for_backward(logits, found)
+        ctx.temperature = temperature
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """`d H / d z_v = -p_v (log p_v + H) / temperature`."""
+        logits, found = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        size = _block_rows(logits)
+        weights = grads[0] / ctx.temperature
+        parts = zip(_blocks(logits), _blocks(result), found.split(size), weights.split(size), strict=True)
+        for rows, out, entropies, weight in parts:
+            logprobs = _scaled(rows, ctx.temperature).log_softmax(-1)
+            out.copy_(logprobs.exp() * (logprobs + entropies[:, None]) * -weight[:, None])
+        return result, None
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -115,17 +144,20 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+def masked_whiten(values: Tensor, mask: Tensor, eps: float = 1e-8, *, keep_mean: bool = False) -> Tensor:
     """(x - mean) / sqrt(var + eps) over everything under the mask; 0 elsewhere.
 
     Args:
         values: any shape; pass the whole rollout, not a minibatch, for whitening that is global.
         mask: same shape.
         eps: keeps equal values at 0.
+        keep_mean: add the mean again, so that only the scale changes.
     """
-    centered = values - masked_mean(values, mask)
+    mean = masked_mean(values, mask)
+    centered = values - mean
     variance = masked_mean(centered.square(), mask)
-    return (centered * (variance + eps).rsqrt()).masked_fill(~mask.bool(), 0.0)
+    whitened = centered * (variance + eps).rsqrt()
+    return (whitened + mean if keep_mean else whitened).masked_fill(~mask.bool(), 0.0)
 
 
 def _block_rows(logits: Tensor) -> int:

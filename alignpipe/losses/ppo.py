@@ -1,11 +1,13 @@
 """Proximal policy optimization (arXiv:1707.06347) on language models (arXiv:1909.08593, arXiv:2203.02155).
 
-logprobs, reference_logprobs, scores -> rewards -> advantages, returns -> policy and value losses per token
+logprobs, reference_logprobs, scores -> rewards (-> `advantages.py`) -> policy and value losses per token
 
 Every (B, T) here is indexed by *action*: column t is the token that was chosen, its value is the one read at
 the hidden state before it. The mask of a row is one unbroken stretch of true, and ends at the EOS action or
 at the last token that was sampled.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,14 +18,11 @@ from alignpipe.losses.logprobs import masked_mean
 MAX_LOG_RATIO = 20.0
 
 
-def shape_rewards(
-    logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
-    """r_t = -kl_coef * (log pi(y_t) - log ref(y_t)), and the score on top at the last action.
+def shape_rewards(kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """r_t = -kl_coef * kl_t, and the score on top at the last action.
 
     Args:
-        logprobs: (B, T), of the policy that sampled.
-        reference_logprobs: (B, T), of the frozen reference.
+        kl: (B, T), an estimate of the KL to the reference at each token that the policy sampled.
         scores: (B,), of the reward model, already shifted, scaled and clipped.
         mask: (B, T) bool, true at response tokens, EOS among them.
         kl_coef: price of a nat.
@@ -31,45 +30,23 @@ def shape_rewards(
     Returns:
         (B, T), 0 outside of the mask; a row without a response gets no score.
     """
-    rewards = (-kl_coef * kl_k1(logprobs, reference_logprobs)).masked_fill(~mask, 0.0)
+    rewards = (-kl_coef * kl).masked_fill(~mask, 0.0)
     later = mask.flip(1).cumsum(1).flip(1)
     return rewards + scores[:, None] * (mask & (later == 1))
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (arXiv:1506.02438, equation 16), backwards from the last action.
-
-    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lambda * A_{t+1};  R_t = A_t + V_t.
-    The value after the last action is 0: the episode is over there.
-
-    Args:
-        rewards: (B, T).
-        values: (B, T), V_t read before action t.
-        mask: (B, T) bool.
-        gamma: discount.
-        gae_lambda: 0 = one-step, 1 = the whole return minus the value.
-
-    Returns:
-        advantages (B, T), not whitened, and returns (B, T); both 0 outside of the mask.
-    """
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-    deltas = (rewards + gamma * next_values - values).masked_fill(~mask, 0.0)
-    advantage = torch.zeros_like(deltas[:, 0])
-    advantages = []
-    for delta, alive in zip(deltas.flip(1).unbind(1), mask.flip(1).unbind(1), strict=True):
-        advantage = (delta + gamma * gae_lambda * advantage) * alive
-        advantages.append(advantage)
-    result = torch.stack(advantages[::-1], dim=1)
-    return result, result + values
-
-
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L_t = max(-A_t * rho_t, -A_t * clip(rho_t, 1 - eps, 1 + eps)), rho_t = pi(y_t) / pi_old(y_t): eq. 7.
+
+    With `dual_clip` = c a token of negative advantage loses at most -c * A_t, however likely it has become: there
+    L_t = min(L_t, -c * A_t) (arXiv:1912.09729, equation 5).
 
     Args:
         logprobs: (B, T), of the policy under training.
@@ -77,6 +54,7 @@ def policy_loss(
         advantages: (B, T), whitened over the rollout.
         mask: (B, T) bool.
         clip_range: eps.
+        dual_clip: c, above 1; None leaves the loss of a bad token without a bound.
 
     Returns:
         losses (B, T), 0 outside of the mask, and the ratio (B, T) without gradient, 1 outside of the mask.
@@ -86,6 +64,8 @@ def policy_loss(
     ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     losses = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)
     return losses.masked_fill(~mask, 0.0), ratio.detach()
 
 
@@ -141,6 +121,24 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - _variance(returns - values, mask) / _variance(returns, mask)
 
 
+def kl_loss(kl: Tensor, ratio: Tensor, mask: Tensor) -> Tensor:
+    """L_t = rho_t * kl_t, rho_t without gradient: the KL to the reference as a loss of its own (arXiv:2510.01555).
+
+    The gradient at tokens of the policy itself (rho = 1) is, on average, for k2 that of KL(pi || ref), which is also
+    what k1 in the reward gives; for k3 that of KL(ref || pi); for k1 zero, since d log pi averages to nothing. Later
+    updates of a rollout look at tokens of an older policy, which rho weighs back.
+
+    Args:
+        kl: (B, T), from `kl_k2` or `kl_k3`, with gradient.
+        ratio: (B, T), from `policy_loss`.
+        mask: (B, T) bool.
+
+    Returns:
+        (B, T), 0 outside of the mask.
+    """
+    return (ratio * kl).masked_fill(~mask, 0.0)
+
+
 def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """`d = log pi - log ref` at tokens sampled from pi: unbiased for KL(pi || ref), can be negative."""
     return logprobs - reference_logprobs
@@ -155,6 +153,9 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """`exp(-d) - 1 + d`: unbiased and never negative, for KL(pi || ref) at tokens sampled from pi."""
     difference = reference_logprobs - logprobs
     return torch.expm1(difference) - difference
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:

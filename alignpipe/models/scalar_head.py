@@ -1,10 +1,15 @@
 """Reward and value models: a causal language model with one number a token in place of the vocabulary.
 
-checkpoint -> sequence classifier with one label; ids (B, T) -> scores (B, T), or (B,) at the last real token
+A reward model may have several heads on its one backbone, `num_labels` of them; its score is their mean, and where
+they differ it is not sure (ensembles: arXiv:2310.02743, 2312.09244).
+
+checkpoint -> sequence classifier with a label a head; ids (B, T) -> scores (B, T), or (B,) at the last real token
 """
 
+import json
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,7 @@ from alignpipe.data.collate import TokenBatch
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import add_adapter, has_head, merged, role_on
+from alignpipe.models.files import CONFIG, check_files
 from alignpipe.models.loading import (
     SCORE,
     ModelSource,
@@ -27,7 +33,8 @@ from alignpipe.models.loading import (
 )
 
 OUTPUT_HEADS = ("lm_head.", "embed_out.")
-CONFIGURATION = {"num_labels": 1, "problem_type": "regression"}
+# Several labels make a classifier of texts; only numbers by themselves are scores.
+REGRESSION = {"problem_type": "regression"}
 
 
 def load_scalar_model(
@@ -37,6 +44,8 @@ def load_scalar_model(
     device: torch.device | str = "cpu",
     *,
     seed: int | None = None,
+    num_heads: int = 1,
+    all_heads: bool = False,
 ) -> PreTrainedModel:
     """Open a reward or value model.
 
@@ -45,11 +54,13 @@ def load_scalar_model(
         tokenizer: whose ids it reads.
         attn_implementation: of transformers.
         device: where it goes.
-        seed: draws a new head for a language model, normal with deviation 1 / sqrt(d + 1), so that scores
-            begin near deviation 1; None means that the model has its head.
+        seed: draws new heads for a language model, normal with deviation 1 / sqrt(d + 1), so that scores
+            begin near deviation 1; None means that the model has its own.
+        num_heads: new heads.
+        all_heads: keep the heads that the model has apart; else their mean is its one head.
 
     Returns:
-        A sequence classifier with one label, in evaluation mode, float32, without dropout.
+        A sequence classifier with a label a head, in evaluation mode, float32, without dropout.
 
     Raises:
         CheckpointError: it is missing, damaged, of the other kind, or its architecture has no `score` head.
@@ -60,13 +71,16 @@ def load_scalar_model(
             "tiny: an untrained language model, where a reward model is needed; run stage=rm"
         )
     if source.is_adapted:
-        return _with_adapter(source, tokenizer, attn_implementation, device, seed)
+        model = _with_adapter(source, tokenizer, attn_implementation, device, seed, num_heads)
+        return model if seed is not None or all_heads else _with_mean_head(model)
     if source.is_tiny:
-        model = _from_policy(load_policy(source, tokenizer, attn_implementation))
+        model = _from_policy(load_policy(source, tokenizer, attn_implementation), num_heads)
     else:
-        model = _open(source, attn_implementation, device, new_head=seed is not None)
+        model = _open(source, attn_implementation, device, None if seed is None else num_heads)
     if seed is not None:
         _init_head(model, seed)
+    elif not all_heads:
+        _with_mean_head(model)
     return prepare(model, tokenizer, device)
 
 
@@ -80,7 +94,7 @@ def token_scores(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     Returns:
         (B, T) float32.
     """
-    return _scores(model, _hidden(model, input_ids))
+    return _scores(model, _hidden(model, input_ids)).mean(-1)
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -91,15 +105,20 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         batch: B sequences, padded on the right.
 
     Returns:
-        (B,) float32.
+        (B,) float32, the mean over the heads.
     """
+    return sequence_head_scores(model, batch).mean(-1)
+
+
+def sequence_head_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """What `sequence_scores` is the mean of: each head's score, (B, H) float32."""
     hidden = _hidden(model, batch.input_ids)
     last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
     return _scores(model, last)
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The head of a scalar model.
+    """The head of a scalar model, or its heads as rows of one.
 
     Raises:
         CheckpointError: the architecture keeps no linear `score` over its last hidden state.
@@ -110,9 +129,9 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
         head = head.get_submodule("modules_to_save.default") if hasattr(head, "modules_to_save") else head
     except AttributeError:
         head = None
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
+    if not isinstance(head, nn.Linear):
         raise CheckpointError(
-            f"{type(model).__name__}: has no `score` head with one output, so it cannot be a reward or value "
+            f"{type(model).__name__}: has no `score` head, so it cannot be a reward or value "
             f"model; use a decoder-only architecture such as Llama, Qwen, Mistral, Gemma or GPT-2"
         )
     return head
@@ -127,7 +146,7 @@ def _scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     # In bfloat16 a score of 5 has steps of 1/32, more than many margins.
     with torch.autocast(hidden.device.type, enabled=False):
         scores: Tensor = score_head(model)(hidden.float())
-    return scores.squeeze(-1)
+    return scores
 
 
 def _with_adapter(
@@ -136,6 +155,7 @@ def _with_adapter(
     attn_implementation: str,
     device: torch.device | str,
     seed: int | None,
+    num_heads: int,
 ) -> PreTrainedModel:
     """An adapter and a head of its own on the weights that other roles share."""
     parent = source.parent
@@ -145,10 +165,11 @@ def _with_adapter(
         raise _not_scalar(parent)
     if parent is not None or seed is not None:
         base = policy_base(source, tokenizer, attn_implementation, device)
-        model = _from_policy(role_on(base.model))
+        heads = num_heads if parent is None or seed is not None else _num_heads(parent)
+        model = _from_policy(role_on(base.model), heads)
     else:
         base = shared_base(
-            source, tokenizer, device, lambda _: _open(source, attn_implementation, device, new_head=False)
+            source, tokenizer, device, lambda _: _open(source, attn_implementation, device, None)
         )
         model = role_on(base.model)
     if seed is not None:
@@ -159,12 +180,17 @@ def _with_adapter(
 
 
 def _open(
-    source: ModelSource, attn_implementation: str, device: torch.device | str, *, new_head: bool
+    source: ModelSource, attn_implementation: str, device: torch.device | str, new_heads: int | None
 ) -> PreTrainedModel:
     folder = source.folder()
     loading = {} if source.adapters is None else source.adapters.loading(device)
+    new_head = new_heads is not None
+    settings: dict[str, Any] = {
+        "num_labels": _num_heads(folder) if new_heads is None else new_heads,
+        **REGRESSION,
+    }
     model, missing, unexpected = open_model(
-        AutoModelForSequenceClassification, folder, attn_implementation, loading, **CONFIGURATION
+        AutoModelForSequenceClassification, folder, attn_implementation, loading, **settings
     )
     score_head(model)
     if new_head and SCORE not in missing:
@@ -179,6 +205,16 @@ def _open(
     return model
 
 
+def _num_heads(folder: Path) -> int:
+    """How many heads a folder's scalar model has; a classifier of texts counts as one and fails on its shape."""
+    check_files(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("problem_type") != REGRESSION["problem_type"]:
+        return 1
+    # transformers writes no labels where there are two, its default.
+    return int(config.get("num_labels", len(config.get("id2label", range(2)))))
+
+
 def _already_scalar(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"{folder}: already a reward model, where a language model is needed; name a policy"
@@ -189,10 +225,10 @@ def _not_scalar(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: a language model, where a reward model is needed; train one: stage=rm")
 
 
-def _from_policy(policy: PreTrainedModel) -> PreTrainedModel:
-    """A head on the policy's own body; from the configuration alone the body would be another draw."""
+def _from_policy(policy: PreTrainedModel, num_heads: int) -> PreTrainedModel:
+    """Heads on the policy's own body; from the configuration alone the body would be another draw."""
     config = policy.config
-    config.update(CONFIGURATION)
+    config.update({"num_labels": num_heads, **REGRESSION})
     with torch.device("meta"), quiet():
         from_config = AutoModelForSequenceClassification.from_config
         model: PreTrainedModel = from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -209,3 +245,16 @@ def _init_head(model: PreTrainedModel, seed: int) -> None:
         head.weight.copy_(weight)
         if head.bias is not None:
             head.bias.zero_()
+
+
+def _with_mean_head(model: PreTrainedModel) -> PreTrainedModel:
+    """One head in place of several: a mean of linear heads is the linear head of their mean."""
+    head = score_head(model)
+    if head.out_features > 1:
+        for name, parameter in list(head.named_parameters()):
+            setattr(
+                head, name, nn.Parameter(parameter.detach().mean(0, keepdim=True), parameter.requires_grad)
+            )
+        head.out_features = 1
+        model.config.num_labels = 1
+    return model

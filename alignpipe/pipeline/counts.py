@@ -4,11 +4,25 @@ node -> records of its share -> a sample of them encoded -> rows used, warnings
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from alignpipe.config import TINY, UNPAIRED, CollectConfig, Config, DPOConfig, EvalConfig, RSConfig
+from alignpipe.config import (
+    TINY,
+    UNPAIRED,
+    CollectConfig,
+    Config,
+    DPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RMConfig,
+    RSConfig,
+    SelectionConfig,
+    SFTConfig,
+    num_selected,
+)
 from alignpipe.data.comparisons import ranked_pairs
 from alignpipe.data.encoding import (
     Encoded,
@@ -20,11 +34,13 @@ from alignpipe.data.encoding import (
     encode_texts,
     encode_unpaired,
 )
+from alignpipe.data.margins import check_margins
+from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
-from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, read_records, readable_types
+from alignpipe.data.selection import refusals
+from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import DataError
+from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import Graph, Node, wanted
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.references import DataRef
@@ -44,6 +60,7 @@ class Rows:
         shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
         mean: tokens of a row, of one response's in rankings.
         responses: of a prompt, at most; 0 where they are not ranked.
+        share: rows of its share that fit, before the stage's own limit.
     """
 
     used: int | None = None
@@ -52,6 +69,7 @@ class Rows:
     shortest_prompt: int = 0
     mean: float = 0.0
     responses: int = 0
+    share: int | None = None
 
 
 def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
@@ -64,20 +82,27 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
     if ref.source is None:
         return _of_collect(node, graph, config, chat_template)
     want = _wanted(node, ref.source)
-    found = read_records(ref.source, want)
-    records = in_share(found.records, ref.share, ref.config.shares, _salt(ref))
+    found = read_parts(ref.source, want)
+    portion = read_portion(ref.source, found, ref.share)
+    records, counts = portion.records, portion.rows_by_source()
     rows = Rows()
-    if found.rejected:
-        first = found.rejected[0]
-        rows.warnings.append(
-            f"{node.name}: {len(found.rejected)} of {found.num_rows} rows cannot be used "
-            f"(first {first.file}:{first.line}: {first.reason})"
-        )
-    if not records:
-        raise DataError(
-            f"{node.name}: none of the {len(found.records)} rows of {ref.name} falls into its share "
-            f"({ref.share}); give more rows or change data.shares"
-        )
+    for name, one in zip(source_names(ref.source), found, strict=True):
+        if one.rejected:
+            first = one.rejected[0]
+            rows.warnings.append(
+                f"{node.name}: {len(one.rejected)} of {one.num_rows} rows cannot be used "
+                f"(first {first.file}:{first.line}: {first.reason})"
+            )
+        if name not in counts:
+            raise DataError(
+                f"{node.name}: none of the {len(one.records)} rows of {name} falls into its share "
+                f"({ref.share}); give more rows or change data.shares"
+            )
+    if ref.source.kind == MIXTURE:
+        parts = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        rows.warnings.append(f"{node.name}: an epoch mixes {parts}")
+    if isinstance(node.config, RMConfig):
+        check_margins([record for record in records if isinstance(record, Ranking)], node.config, node.name)
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
     examples, left, limit = _encoded(node, sample, tokenizer)
@@ -89,8 +114,59 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"{node.name}: about {share_over:.1%} of its rows are over {limit} and {_fate(ref)}; "
             f"see data.on_overflow and {limit.split('=')[0]}"
         )
-    rows.used = _capped(node, round(_units(want, records, node) * (left / total if total else 1.0)))
+    rows.share = round(_units(want, records, node) * (left / total if total else 1.0))
+    rows.used = _capped(node, rows.share)
+    if isinstance(node.config, SFTConfig) and node.config.selection.is_on:
+        rows.used = _selected(node, node.config.selection, want, records, tokenizer, rows.used)
     return rows
+
+
+def judged_twice(graph: Graph, counted: Mapping[str, Rows]) -> list[str]:
+    """A sentence for each monitor that must look at prompts which an eval stage asks too."""
+    found = []
+    for judge in graph.order:
+        rows = counted[judge.name]
+        if not isinstance(judge.config, EvalConfig) or rows.share is None or rows.used is None:
+            continue
+        for node in graph.order:
+            if not isinstance(node.config, RSConfig | PPOConfig | DPOConfig):
+                continue
+            monitor, same = node.config.monitor, node.data["data"].name == judge.data["data"].name
+            both = rows.used + min(monitor.num_prompts, rows.share) - rows.share
+            if monitor.action != "none" and same and both > 0:
+                found.append(
+                    f"{node.name}: {both} of the prompts that its monitor looks at are asked by {judge.name} "
+                    f"too, since the evaluation share has {rows.share}; lower num_prompts of one of the two"
+                )
+    return found
+
+
+def _selected(
+    node: Node,
+    selection: SelectionConfig,
+    want: RecordType,
+    records: Sequence[Any],
+    tokenizer: Tokenizer,
+    used: int,
+) -> int:
+    """Rows that selection leaves, but for those that only a model can refuse.
+
+    Raises:
+        ConfigError: raw text is not selected from.
+        DataError: no row is within the bounds.
+    """
+    if want != "demonstrations":
+        raise ConfigError(f"{node.name}: selection takes demonstrations, its data is raw text; leave it out")
+    lengths = [0] * len(records)
+    if selection.min_tokens is not None or selection.max_tokens is not None:
+        lengths = [len(tokenizer.encode_response(record.prompt, record.response)) for record in records]
+    fit = sum(refusal is None for refusal in refusals(records, lengths, selection))
+    if fit == 0:
+        raise DataError(
+            f"{node.name}: none of {len(records)} rows is within the bounds of selection; loosen them"
+        )
+    kept = max(1, round(selection.keep * used)) if selection.ranks else used
+    return min(kept, max(1, round(used * fit / len(records))))
 
 
 def base_tokenizer(config: Config, chat_template: str) -> Tokenizer:
@@ -105,10 +181,6 @@ def _wanted(node: Node, source: DataSource) -> RecordType:
         return "text"
     types = readable_types(source)
     return next(want for want in wanted(node.config) if want in types)
-
-
-def _salt(ref: DataRef) -> str:
-    return "collect" if ref.source is not None and ref.source.kind == "collect" else ""
 
 
 def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[Sequence[Any], int, str]:
@@ -181,7 +253,8 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     asked = count_rows(stage, graph, config, chat_template)
     if asked.used is None or asked.longest is None or not isinstance(stage.config, CollectConfig):
         return Rows()
-    kept = math.floor(asked.used * (1 - node.config.data.shares.eval))
+    rankings = asked.used + _carried(stage, graph, config, chat_template)
+    kept = math.floor(rankings * (1 - node.config.data.shares.eval))
     if isinstance(node.config, DPOConfig):
         kept *= _compared(range(stage.config.num_samples), node.config)
     more = stage.config.max_response_length
@@ -194,11 +267,25 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     )
 
 
+def _carried(stage: Node, graph: Graph, config: Config, chat_template: str) -> int:
+    """Rankings that a collect stage takes over from those before it."""
+    ref = stage.models.get("previous")
+    if ref is None:
+        return 0
+    if ref.stage is None:
+        return (Path(ref.path) / RANKINGS).read_bytes().count(b"\n")
+    before = graph.nodes[ref.stage]
+    own = count_rows(before, graph, config, chat_template).used or 0
+    return own + _carried(before, graph, config, chat_template)
+
+
 def _capped(node: Node, rows: int) -> int:
     """Rows after the stage's own limit."""
     if not isinstance(node.config, RSConfig | CollectConfig | EvalConfig):
         return rows
     limit = node.config.num_prompts
     capped = rows if limit is None else min(rows, limit)
-    # rs trains on one response a prompt and on the demonstrations it replays.
-    return round(capped / (1 - node.config.replay)) if isinstance(node.config, RSConfig) else capped
+    if isinstance(node.config, RSConfig):
+        # It trains on what it chooses and on the demonstrations it replays.
+        return round(capped * num_selected(node.config) / (1 - node.config.replay))
+    return capped

@@ -23,6 +23,8 @@ from alignpipe.config import (
     RSConfig,
     SamplingConfig,
     StageConfig,
+    num_selected,
+    reward_models,
 )
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.pipeline.accelerators import UTILISATION, Machine
@@ -99,7 +101,7 @@ def shapes(node: Node, graph: Graph, config: Config) -> tuple[dict[str, Architec
     """The shape of every model of a stage by role, and a sentence for each that is not known exactly."""
     found: dict[str, Architecture] = {}
     notes: list[str] = []
-    for role, ref in node.models.items():
+    for role, ref in node.opened.items():
         shape, note = _shape(ref, graph, config)
         notes += [note] if note else []
         if shape is not None:
@@ -128,7 +130,7 @@ def estimate(
 ) -> Estimate | None:
     """What a stage will take; None where the shape of one of its models is not known."""
     if (
-        any(role not in models for role in node.models if not role.startswith("policy_"))
+        any(role not in models for role in node.opened if not role.startswith("policy_"))
         or "policy" not in models
     ):
         return None
@@ -174,8 +176,9 @@ def _effort(
     if isinstance(config, EvalConfig):
         total = rows.mean + config.max_response_length
         asked = _sampled(config, shape, rows.used, config.num_samples, rows.mean, setting)
-        # Scored by the reward model, and by policy and reference for their KL.
-        scored = _read(shape, rows.used * config.num_samples * total, total, 3)
+        # Scored by the reward models, and by policy and reference for their KL.
+        passes = len(reward_models(config)) + 2
+        scored = _read(shape, rows.used * config.num_samples * total, total, passes)
         return (asked + scored).times(len(config.policies))
     return None if steps is None else _learning_effort(config, shape, rows, rows.used, steps, setting)
 
@@ -190,9 +193,9 @@ def _learning_effort(
     if isinstance(config, DPOConfig):
         return _dpo_effort(config, shape, mean, items, used / max(1, rows.responses - 1), passes)
     if isinstance(config, RSConfig):
-        prompts, total = used * (1 - config.replay), mean + config.max_response_length
+        prompts, total = used * (1 - config.replay) / num_selected(config), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
-        scored = prompts * config.num_samples * total
+        scored = prompts * config.num_samples * total * len(reward_models(config))
         return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)
     return _read(shape, items * mean, mean, passes)
 
@@ -212,11 +215,16 @@ def _dpo_effort(
 
 
 def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:
-    """Each response is sampled, read once by four models, and learnt by two in every epoch."""
+    """Each response is sampled, read once by every model, and learnt in every epoch by policy and value model."""
     total = mean + config.max_response_length
     tokens = config.rollout_size * config.num_samples * total
+    learners = 1 + config.has_value_model
     asked = _sampled(config, shape, config.rollout_size, config.num_samples, mean, setting)
-    read = _read(shape, tokens, total, 4 + 2 * config.ppo_epochs * _passes(setting))
+    passes = 1 + learners + len(reward_models(config)) + learners * config.ppo_epochs * _passes(setting)
+    read = _read(shape, tokens, total, passes)
+    if config.ptx_coef > 0:
+        rows = config.updates_per_rollout * config.ptx_batch_size
+        read += _read(shape, rows * total, total, _passes(setting))
     return (asked + read).times(config.num_rollouts)
 
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from alignpipe.artifact import Manifest, read_manifest
 from alignpipe.config import TINY, TOY, Config, semantic
-from alignpipe.data.sources import content_hash
+from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
 from alignpipe.pipeline.adapters import stage_adapter
-from alignpipe.pipeline.graph import Graph, Node
+from alignpipe.pipeline.graph import JUDGE, SECOND_DATA, TEXT_DATA, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
-VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 2}
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 2, "ppo": 1, "dpo": 1, "eval": 2}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
 # More differences than this explain nothing.
@@ -55,8 +55,13 @@ def _inputs(
         role: _data_inputs(ref, settings.pop(role, {}), node, graph, hashes)
         for role, ref in node.data.items()
     }
-    for role in ("demonstrations", "text_data"):
+    for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
+    _reduce_monitor(settings, node)
+    reward = settings.pop("reward", None)
+    if node.rewarded:
+        settings["reward"] = _reward_inputs(reward, node)
+    functions = {role: f"{found.key[:KEY_LENGTH]} {found.name}" for role, found in node.functions.items()}
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -64,10 +69,31 @@ def _inputs(
         "settings": settings,
         "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
         "data": data,
+        **({"functions": functions} if functions else {}),
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
+
+
+def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:
+    """What of a reward takes part; weights and thresholds of what is not there are in no key."""
+    takes_part = {
+        "models": bool(reward["models"]),
+        "function_weight": "reward" in node.functions,
+        "ensemble": reward["ensemble"] != "sum",
+        "uncertainty_penalty": reward["ensemble"] == "mean_minus_std",
+        "gate": reward["gate"]["model"] is not None,
+    }
+    return {name: reward[name] for name, used in takes_part.items() if used}
+
+
+def _reduce_monitor(settings: dict[str, Any], node: Node) -> None:
+    """A monitor that never looks decides nothing; a judge by name stands among the models."""
+    if settings.get("monitor", {}).get("action") == "none":
+        settings.pop("monitor")
+    elif JUDGE in node.models:
+        settings["monitor"].pop("judge")
 
 
 def _model_key(ref: ModelRef, graph: Graph, config: Config, hashes: FileHashes) -> str:
@@ -93,8 +119,9 @@ def _data_inputs(
     content = graph.nodes[str(ref.stage)].key if ref.source is None else content_hash(ref.source, hashes)
     if ref.source is None or ref.source.kind != TOY:
         settings.pop("world", None)
-    toy_ranker = node.kind in RANKERS and ref.source is not None and ref.source.kind == TOY
-    if not toy_ranker:
+    if ref.source is None or ref.source.kind != MIXTURE:
+        settings.pop("mixture_stopping", None)
+    if node.kind not in RANKERS or ref.source is None or not holds_world(ref.source):
         settings.pop("labelers", None)
     return {"content": content, "share": ref.share, "settings": settings}
 

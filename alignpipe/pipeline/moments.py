@@ -47,12 +47,31 @@ def stage_moments(config: Any, models: dict[str, Architecture], work: Work, sett
     return MOMENTS[config.kind](config, models, work, setting)
 
 
+def _rewards(models: dict[str, Architecture]) -> list[Role]:
+    """The frozen reward models of a stage: `reward_model`, `reward_0`, ..."""
+    return [Role(shape, scalar=True) for role, shape in models.items() if role.startswith("reward_")]
+
+
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
+    """A reward model that chooses the epoch stays through training; those that select rows are gone before it."""
     policy = Role(models["policy"])
-    held = held_memory(setting, trained=[policy])
     batch = training_batch(config, work, setting)
+    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    asked = [Role(models["selection_model"])] if "selection_model" in models else []
+    held = held_memory(setting, trained=[policy], frozen=reward if config.select_epoch == "reward" else [])
     alone = replace(held, optimizer=0.0)
+    judges = (
+        [*(reward if config.selection.method == "reward" else []), *asked] if config.selection.ranks else []
+    )
+    selecting = replace(held_memory(setting, trained=[policy], frozen=judges), optimizer=0.0)
+    looking = config.eval_rows if config.select_epoch == "reward" else 0
     return [
+        *([scoring_moment(selecting, judges[-1], batch, setting)] if judges else []),
+        *(
+            sampling_moments(held, policy, config, config.max_prompt_length, looking, 1, setting)
+            if looking
+            else []
+        ),
         *training_moments(held, policy, batch, config, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
@@ -70,61 +89,111 @@ def _rm(config: RMConfig, models: dict[str, Architecture], work: Work, setting: 
 
 
 def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reference is gone before the policy is opened: its log-probs are computed once and kept."""
-    policy, references = (
-        Role(models["policy"]),
-        [Role(models[role]) for role in models if role == "reference"],
-    )
+    """The reference is gone before the policy is opened: its log-probs are computed once and kept.
+
+    A monitor opens it again.
+    """
+    policy = Role(models["policy"])
+    references = [Role(models[role]) for role in models if role == "reference"]
     one = training_batch(config, work, setting)
     learnt = one if config.loss in UNPAIRED else replace(one, rows=2 * one.rows)
-    held = held_memory(setting, trained=[policy])
-    alone = replace(held, optimizer=0.0)
+    watching = _watching(config, models, references[0] if references else policy)
+    held = held_memory(setting, trained=[policy], frozen=watching)
+    alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
         *(scoring_moment(held_memory(setting, frozen=[model]), model, one, setting) for model in references),
         *training_moments(held, policy, learnt, config, setting),
+        *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
     ]
 
 
 def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reward model stays in memory while its choices are learnt."""
-    policy, reward = Role(models["policy"]), Role(models["reward_model"], scalar=True)
+    """The reward models stay in memory while their choices are learnt."""
+    policy, rewards = Role(models["policy"]), _rewards(models)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
-    held = held_memory(setting, trained=[policy], frozen=[reward])
+    held = held_memory(setting, trained=[policy], frozen=[*rewards, *_watching(config, models, policy)])
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    scored = Batch(config.micro_batch_size, length)
     return [
         *sampling_moments(
             before, policy, config, work.longest, config.num_prompts, config.num_samples, setting
         ),
-        scoring_moment(replace(held, optimizer=0.0), reward, Batch(config.micro_batch_size, length), setting),
+        *(scoring_moment(replace(held, optimizer=0.0), reward, scored, setting) for reward in rewards),
         *training_moments(held, policy, batch, config, setting),
+        *_looks(config, held, policy, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
     ]
 
 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """Four models and two optimizers at once; one of the two has its gradients at a time."""
-    policy, value = Role(models["policy"]), Role(models["reward_model"], scalar=True)
-    reference, reward = Role(models["reference"]), Role(models["reward_model"], scalar=True)
-    held = held_memory(setting, trained=[policy, value], frozen=[reference, reward])
+    """Four models and two optimizers at once, three and one without a value model; one learns at a time."""
+    policy, reference = Role(models["policy"]), Role(models["reference"])
+    trained = [policy]
+    frozen = [reference, *_rewards(models), *_watching(config, models, reference)[1:]]
+    # It starts as the reward model.
+    value = Role(models.get("reward_model", models["policy"]), scalar=True)
+    if config.has_value_model:
+        trained.append(value)
+    held = held_memory(setting, trained=trained, frozen=frozen)
     prompt = min(work.longest, config.max_prompt_length)
     length = prompt + config.max_response_length
     # Every process holds the whole rollout, so that all whiten it alike.
     responses = config.rollout_size * config.num_samples
     # ids, mask; log-probs, values, advantages, returns, and rewards and both log-probs while they are made.
     held = held.plus("", other=responses * length * (8 + 1 + 7 * WIDE))
+    if config.ema_decay is not None:
+        held = held.plus("", weights=WIDE * policy.own(setting) * setting.share)
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
-    scalar = replace(batch, columns=0)
-    return [
+    moments = [
         *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
+        *_looks(config, held, policy, setting),
         scoring_moment(held, policy, batch, setting),
-        scoring_moment(held, value, scalar, setting),
-        *training_moments(held, policy, batch, config, setting),
-        *training_moments(held, value, scalar, config, setting),
+        *_policy_update(held, policy, batch, config, setting),
         check_moment(held, policy, setting),
     ]
+    if config.has_value_model:
+        scalar = replace(batch, columns=0)
+        moments.append(scoring_moment(held, value, scalar, setting))
+        moments += training_moments(held, value, scalar, config, setting)
+    return moments
+
+
+def _policy_update(
+    held: Memory, policy: Role, batch: Batch, config: PPOConfig, setting: Setting
+) -> list[Memory]:
+    """An update of the policy, with the rows of PPO-ptx and the gradient of the entropy where they are asked for."""
+    if config.ptx_coef > 0:
+        # Its rows come in passes of their own, with gradients there already; at the worst every token is learnt.
+        batch = replace(batch, columns=batch.length)
+        config = replace(config, batch_size=config.batch_size + config.ptx_batch_size)
+    moments = training_moments(held, policy, batch, config, setting)
+    if config.entropy_coef > 0:
+        # losses/logprobs.py: a second gradient of the size of the logits, added to the first.
+        logits = batch.rows * batch.columns * policy.shape.vocab_size * setting.width
+        moments[0] = moments[0].plus(moments[0].moment, logits=logits)
+    return moments
+
+
+def _watching(
+    config: PPOConfig | DPOConfig | RSConfig, models: dict[str, Architecture], reference: Role
+) -> list[Role]:
+    """What a monitor holds: the model that KL is taken against, and a judge that is a reward model."""
+    if config.monitor.action == "none":
+        return []
+    return [reference, *([Role(models["judge"], scalar=True)] if "judge" in models else [])]
+
+
+def _looks(
+    config: PPOConfig | DPOConfig | RSConfig, held: Memory, policy: Role, setting: Setting
+) -> list[Memory]:
+    """A monitor samples while the moments of AdamW wait."""
+    monitor = config.monitor
+    prompts = 0 if monitor.action == "none" else monitor.num_prompts
+    longest = config.max_prompt_length
+    return sampling_moments(held, policy, config, longest, prompts, monitor.num_samples, setting)
 
 
 def _collect(
@@ -140,17 +209,17 @@ def _collect(
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """One policy at a time beside the reward model, then the reference in its place."""
     policy = Role(models["policy"])
-    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
-    held = replace(held_memory(setting, trained=[policy], frozen=reward), optimizer=0.0)
+    rewards = _rewards(models)
+    held = replace(held_memory(setting, trained=[policy], frozen=rewards), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
     moments = sampling_moments(
         held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
     )
-    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in reward]
+    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in rewards]
     if "reference" in models:
         reference = Role(models["reference"])
-        beside = held_memory(setting, frozen=[*reward, reference])
+        beside = held_memory(setting, frozen=[*rewards, reference])
         moments.append(scoring_moment(held, policy, batch, setting))
         moments.append(scoring_moment(beside, reference, batch, setting))
     if config.text_rows:

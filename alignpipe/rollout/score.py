@@ -15,9 +15,9 @@ from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
 from alignpipe.errors import CheckpointError
-from alignpipe.models.forward import batch_logprobs
+from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
-from alignpipe.models.scalar_head import sequence_scores, token_scores
+from alignpipe.models.scalar_head import score_head, sequence_head_scores, token_scores
 from alignpipe.models.sharding import in_step
 
 
@@ -25,12 +25,18 @@ from alignpipe.models.sharding import in_step
 class Normalizer:
     """Shift and scale that give rewards mean 0 and deviation 1 on demonstrations.
 
-    The weights of a reward model give raw scores, as plain transformers reads them; these two numbers stand
-    beside them in `alignpipe.json`.
+    The weights of a reward model give raw scores, as plain transformers reads them; these numbers stand beside
+    them in `alignpipe.json`.
+
+    Attributes:
+        mean: of the scores, themselves means over the heads.
+        std: of the scores.
+        head_means: of each head, where there are several: rankings say nothing of a head's own level.
     """
 
     mean: float = 0.0
     std: float = 1.0
+    head_means: tuple[float, ...] = ()
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any]) -> "Normalizer":
@@ -47,21 +53,48 @@ class Normalizer:
                 f"alignpipe.json: reward_mean must be a number and reward_std one above 0, not {mean!r} and "
                 f"{std!r}; train the reward model again"
             )
-        return cls(float(mean), float(std))
+        heads = metrics.get("reward_head_means", ())
+        return cls(float(mean), float(std), tuple(float(head) for head in heads))
 
     @classmethod
     def fit(cls, scores: Tensor) -> "Normalizer":
-        """Measure them on raw scores (N,), of demonstrations; equal scores are only shifted."""
-        std = float(scores.double().std(unbiased=False))
-        return cls(float(scores.double().mean()), std if std > 0 else 1.0)
+        """Measure them on raw scores of demonstrations, (N,) or of heads (N, H); equal scores are only shifted."""
+        heads = scores.double().mean(0).tolist() if scores.dim() == 2 and scores.shape[1] > 1 else ()
+        means = (scores.mean(1) if scores.dim() == 2 else scores).double()
+        std = float(means.std(unbiased=False))
+        return cls(float(means.mean()), std if std > 0 else 1.0, tuple(heads))
 
-    def as_metrics(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, Any]:
         """Give what `from_metrics` reads."""
-        return {"reward_mean": self.mean, "reward_std": self.std}
+        heads = {"reward_head_means": list(self.head_means)} if self.head_means else {}
+        return {"reward_mean": self.mean, "reward_std": self.std, **heads}
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Shift and scale raw scores of any shape."""
         return (scores - self.mean) / self.std
+
+    def raw(self, scores: Tensor) -> Tensor:
+        """Raw scores of shifted and scaled ones."""
+        return scores * self.std + self.mean
+
+    def of_heads(self, scores: Tensor) -> Tensor:
+        """Shift each head's raw scores (N, H) by its own mean and scale all alike; their mean is that of `__call__`."""
+        return (scores - torch.tensor(self.head_means or self.mean, dtype=scores.dtype)) / self.std
+
+
+def collapse(scores: Tensor, uncertainty_penalty: float = 0.0) -> Tensor:
+    """One score from several: mean - c * std over the members of an ensemble (arXiv:2310.02743, 2401.16635).
+
+    Args:
+        scores: (N, M), normalised, of M heads or models.
+        uncertainty_penalty: c; 0 is the mean.
+
+    Returns:
+        (N,); the deviation is that of the members at hand, so 0 for one of them.
+    """
+    if uncertainty_penalty == 0:
+        return scores.mean(1)
+    return scores.mean(1) - uncertainty_penalty * scores.std(1, unbiased=False)
 
 
 def response_scores(
@@ -71,7 +104,7 @@ def response_scores(
     batch_size: int = 64,
     normalizer: Normalizer | None = None,
 ) -> Tensor:
-    """The reward of each sequence, read at its last token.
+    """The reward of each sequence, read at its last token; the mean over the heads.
 
     Args:
         reward_model: a scalar model.
@@ -83,12 +116,20 @@ def response_scores(
     Returns:
         (N,) float32 on the CPU.
     """
+    raw = head_scores(reward_model, examples, pad_id, batch_size).mean(1)
+    return raw if normalizer is None else normalizer(raw)
+
+
+def head_scores(
+    reward_model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64
+) -> Tensor:
+    """The raw score that each head gives each sequence, (N, H) float32 on the CPU; arguments as above."""
 
     def scores(batch: TokenBatch) -> Tensor:
-        return sequence_scores(reward_model, batch)[:, None]
+        return sequence_head_scores(reward_model, batch)
 
-    raw = _in_batches(scores, reward_model, examples, 1, pad_id, batch_size).squeeze(1)
-    return raw if normalizer is None else normalizer(raw)
+    width = score_head(reward_model).out_features
+    return _in_batches(scores, reward_model, examples, width, pad_id, batch_size)
 
 
 def response_values(
@@ -149,6 +190,17 @@ def sequence_logprobs(
 ) -> Tensor:
     """Logprob of each whole response: the sum of `response_logprobs`, (N,) float32 on the CPU."""
     return response_logprobs(policy, examples, pad_id, batch_size, temperature).sum(1)
+
+
+def sequence_embeddings(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64
+) -> Tensor:
+    """The mean of each whole sequence's last hidden states under a language model, (N, d) float32 on the CPU."""
+
+    def means(batch: TokenBatch) -> Tensor:
+        return mean_hidden(model, batch)
+
+    return _in_batches(means, model, examples, model.config.hidden_size, pad_id, batch_size)
 
 
 def _in_batches(

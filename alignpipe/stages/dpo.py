@@ -16,10 +16,11 @@ from alignpipe import processes
 from alignpipe.config import PREFERENCE_LOSSES, UNPAIRED, DPOConfig, num_steps
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.comparisons import Comparison, Scored, compare, examples_of, label, mismatch, ranked_pairs
-from alignpipe.data.encoding import Example, RankedExample, encode_rankings, encode_unpaired
+from alignpipe.data.encoding import Encoded, Example, RankedExample, encode_rankings, encode_unpaired
 from alignpipe.data.records import Ranking, Unpaired
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
+from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.samples import log_samples
 from alignpipe.losses.dpo import LOSSES, Responses, kl_baseline, nll
 from alignpipe.models.forward import batch_logprobs
@@ -34,7 +35,7 @@ FALL = 1.0
 def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` on preferences, held near `reference` where the loss has one."""
     tokenizer = context.tokenizer("policy")
-    rows, num_dropped = _rows(config, tokenizer, context, "train")
+    rows, overflow = _rows(config, tokenizer, context, "train")
     held_out: list[Comparison] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
@@ -77,19 +78,26 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
     def evaluate() -> dict[str, float]:
         return mean_losses(policy, prepare(held_out), loss_fn, config.micro_batch_size, context)
 
-    after = fit(policy, rows, loss_fn, config, context, evaluate, prepare)
-    if "reference" in context.task.models and after.get("logps/chosen_ratio", 0.0) < -FALL:
+    # Without a reference, the policy as it was stands for it.
+    start = "reference" if "reference" in context.task.models else "policy"
+    monitor = load_monitor(
+        config, context, tokenizer, policy, lambda: context.load_policy(start, tokenizer, frozen=True)
+    )
+    after = fit(policy, rows, loss_fn, config, context, evaluate, prepare=prepare, watcher=monitor)
+    if start == "reference" and after.get("logps/chosen_ratio", 0.0) < -FALL:
         context.progress.say(
-            f"chosen responses lost {-after['logps/chosen_ratio']:.1f} nats a token against the reference; "
-            f"a little is usual, this much is not: raise beta, lower learning_rate, or set sft_coef"
+            f"warning: {context.task.name}: chosen responses lost {-after['logps/chosen_ratio']:.1f} nats a token "
+            f"against the reference; a little is usual, this much is not: raise beta, lower learning_rate, or set "
+            f"sft_coef"
         )
     context.save_checkpoint(policy, tokenizer, "policy")
     log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
     return {
         "rows": len(rows),
-        "dropped": num_dropped,
+        **overflow,
         "eval_loss": after.get("loss"),
         "eval_accuracy": after.get("rewards/accuracies"),
+        **monitor.summary(),
     }
 
 
@@ -108,12 +116,13 @@ def _responses(logprobs: Tensor, batch: TokenBatch, sides: Sequence[Sequence[Sco
 
 def _rows(
     config: DPOConfig, tokenizer: Tokenizer, context: Context, part: str, limit: int | None = None
-) -> tuple[list[Comparison], int]:
+) -> tuple[list[Comparison], dict[str, int]]:
     """What at most `limit` records give, scored by the reference, and how many pairs or labels were lost on the way.
 
     Lost are those too long, and those whose sides are equal once they are cut.
     """
-    encoded, asked = _encode(config, tokenizer, context, "eval" if part == "eval" else None, limit)
+    found, asked = _encode(config, tokenizer, context, "eval" if part == "eval" else None, limit)
+    encoded = found.examples
     if config.loss in UNPAIRED:
         rows = mismatch(label(encoded, config.pairs), config.seed, config.max_length)
     else:
@@ -123,23 +132,23 @@ def _rows(
         used = {id(example) for example in examples_of(rows)}
         flat = [example for row in encoded for example in row.examples if id(example) in used]
         flat += [row.mismatched.example for row in rows if row.mismatched is not None]
-        found = _reference_logprobs(flat, part, tokenizer, config, context)
-        known = {id(example): value for example, value in zip(flat, found, strict=True)}
+        scores = _reference_logprobs(flat, part, tokenizer, config, context)
+        known = {id(example): value for example, value in zip(flat, scores, strict=True)}
         rows = [row.rescored(lambda one: replace(one, reference=known[id(one.example)])) for row in rows]
-    return rows, asked - kept
+    return rows, {**found.figures, "dropped": asked - kept}
 
 
 def _encode(
     config: DPOConfig, tokenizer: Tokenizer, context: Context, share: str | None, limit: int | None
-) -> tuple[list[RankedExample], int]:
+) -> tuple[Encoded[RankedExample], int]:
     """Encoded records, and how many pairs or labels there were before."""
     settings = (tokenizer, config.max_length, config.data.on_overflow)
     if config.loss in UNPAIRED and "rankings" not in context.record_types("data", config.data):
         labels = context.records("data", config.data, Unpaired, share)[:limit]
-        return encode_unpaired(labels, *settings).examples, len(labels)
+        return encode_unpaired(labels, *settings), len(labels)
     records = context.records("data", config.data, Ranking, share)[:limit]
     asked = sum(len(ranked_pairs(record.ranks, config.pairs)) for record in records)
-    return encode_rankings(records, *settings).examples, asked
+    return encode_rankings(records, *settings), asked
 
 
 def _reference_logprobs(

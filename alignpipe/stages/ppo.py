@@ -2,206 +2,205 @@
 
 A rollout, in the paper's order:
 1. sample responses from the policy;
-2. score them with the reward model;
+2. score them with the reward model, or what else stands under `reward`;
 3. shape rewards: the score on the last action, minus the KL to the frozen reference on every action;
-4. advantages by GAE from the value model, whitened over the whole rollout;
+4. advantages: by GAE from the value model, whitened over the whole rollout, or from responses alone;
 5. some epochs of clipped policy and value updates over minibatches.
 
 prompts -> policy checkpoint
 """
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from alignpipe import processes
 from alignpipe.config import PPOConfig
-from alignpipe.data.collate import TokenBatch, collate
-from alignpipe.data.encoding import Example, encode_prompts
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Encoded, Example, encode_prompts
 from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model
+from alignpipe.evaluation.monitor import load_monitor
+from alignpipe.evaluation.rewards import Reward, load_reward, read_normalizer
+from alignpipe.losses.advantages import gae, grpo, reinforce_pp, rloo
 from alignpipe.losses.logprobs import masked_sum, masked_whiten
 from alignpipe.losses.ppo import (
-    adapt_kl_coef,
+    KL_ESTIMATORS,
     explained_variance,
-    gae,
     kl_k3,
+    kl_loss,
     policy_loss,
     shape_rewards,
     value_loss,
 )
-from alignpipe.models.forward import batch_logprobs
+from alignpipe.models.forward import batch_logprobs, batch_logprobs_and_entropy
 from alignpipe.models.scalar_head import token_scores
-from alignpipe.rollout.generate import Sample as Sampled
-from alignpipe.rollout.generate import generate
-from alignpipe.rollout.score import response_logprobs, response_values
+from alignpipe.rollout.experience import (
+    Experience,
+    ResponseRow,
+    minibatches,
+    response_texts,
+    sample_responses,
+)
+from alignpipe.rollout.scaling import RunningMoments
+from alignpipe.rollout.score import Normalizer, response_logprobs, response_values
 from alignpipe.training.context import Context
+from alignpipe.training.ema import WeightAverage
+from alignpipe.training.kl_control import KLControl
 from alignpipe.training.loop import StepOutput, optimizer_step
 from alignpipe.training.metrics import Averages
 from alignpipe.training.optim import make_optimizer, schedule, set_learning_rate
+from alignpipe.training.ptx import PtxLoss
 
 NUM_LOGGED = 2
+# What the optimizer's figures are called here.
+POLICY_FIGURES = {"loss": "ppo/policy_loss", "grad_norm": "ppo/policy_grad_norm"}
+
+# Rewards, values (None without a value model), mask, all (B, T), and the settings -> advantages (B, T).
+ADVANTAGES: dict[str, Callable[[Tensor, Any, Tensor, PPOConfig], Tensor]] = {
+    "gae": lambda rewards, values, mask, c: gae(rewards, values, mask, c.gamma, c.gae_lambda),
+    "rloo": lambda rewards, _, mask, c: rloo(rewards, mask, c.num_samples),
+    "grpo": lambda rewards, _, mask, c: grpo(rewards, mask, c.num_samples, divide_by_std=c.grpo_std),
+    "reinforce_pp": lambda rewards, _, mask, c: reinforce_pp(rewards, mask, c.gamma),
+}
 
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of PPO and the two optimizers; the value model starts as the reward model."""
+    """The models of PPO and their optimizers; the value model, where there is one, starts as the reward model."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    value: PreTrainedModel
-    reward: RewardModel
-    policy_optimizer: AdamW
-    value_optimizer: AdamW
+    reward: Reward
+    value: PreTrainedModel | None
+    value_scale: Normalizer
+    average: WeightAverage | None
+    ptx: PtxLoss
+    optimizers: dict[str, AdamW]
 
+    @property
+    def changing(self) -> dict[str, nn.Module]:
+        """What training changes, so that a saved state holds it."""
+        named = {"policy": self.policy, "value": self.value, "average": self.average}
+        return {name: module for name, module in named.items() if module is not None}
 
-@dataclass(frozen=True)
-class Experience:
-    """One rollout: row `i` of every tensor is response `i`, column `t` the action that chose token `t + 1`.
-
-    Attributes:
-        batch: prompts with responses, (B, T).
-        mask: actions of the response, up to and including its stop token, (B, T - 1).
-        logprobs: of the sampling policy, (B, T - 1).
-        values: before each action, (B, T - 1).
-        advantages: whitened, (B, T - 1).
-        returns: (B, T - 1).
-    """
-
-    batch: TokenBatch
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One response of an experience, as a row of a minibatch."""
-
-    index: int
-    num_tokens: int
-    num_items: int
+    def result(self) -> PreTrainedModel:
+        """The policy to hand on, with the average of its weights in their place where one was kept."""
+        if self.average is not None:
+            self.average.copy_to(self.policy)
+        return self.policy
 
 
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` to raise the reward model's score while it stays near `reference`."""
     tokenizer = context.tokenizer("policy")
     models = _load(config, tokenizer, context)
-    modules = {"policy": models.policy, "value": models.value}
-    optimizers = {"policy": models.policy_optimizer, "value": models.value_optimizer}
-    records = context.records("data", config.data, Prompt)
-    encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
-    texts = [prompt_text(records[index]) for index in encoded.kept]
-    judged = context.task.data["data"].kind == "toy"
-
-    state = context.resume(modules, optimizers)
-    first, kl_coef = int(state.get("rollout", 0)), float(state.get("kl_coef", config.kl_coef))
+    monitor = load_monitor(
+        config, context, tokenizer, models.policy, lambda: models.reference, models.reward.rewards
+    )
+    modules = {**models.changing, **monitor.modules}
+    encoded, texts = _prompts(config, tokenizer, context)
+    state = context.resume(modules, models.optimizers)
+    first, ended = int(state.get("rollout", 0)), False
+    control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
+    moments = RunningMoments(*state.get("score_moments", ()))
     order = batches(
         config.seed, len(encoded.examples), config.rollout_size, start=first * config.rollout_size
     )
-    updates = config.ppo_epochs * config.rollout_size * config.num_samples // config.batch_size
     figures: dict[str, float] = {}
+    monitor.begin(state, config.num_rollouts)
     context.progress.begin("rollouts", config.num_rollouts, first)
-    for rollout in range(first, config.num_rollouts):
-        chosen = next(order)
-        examples, finished = _sample(
-            config, context, models.policy, tokenizer, rollout, chosen, encoded.examples
-        )
-        scores = _scores(config, models.reward, examples, finished)
-        experience, figures = _experience(config, context, models, tokenizer, examples, scores, kl_coef)
-        figures |= _update(config, context, models, experience, rollout)
-        figures |= {"objective/finished": sum(finished) / len(finished), "objective/kl_coef": kl_coef}
-        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
-        answers = [tokenizer.decode(_response(example)) for example in examples]
-        if judged:
-            figures["objective/gold"] = float(gold_scores(asked, answers)["overall"].mean())
-        step, done = (rollout + 1) * updates, rollout + 1
-        if config.kl_controller == "adaptive":
-            kl_coef = adapt_kl_coef(
-                kl_coef, figures["objective/kl"], config.target_kl, len(examples), config.kl_horizon
+    # The order has no end.
+    for rollout, chosen in zip(range(first, config.num_rollouts), order, strict=False):
+        with context.autocast():
+            examples, finished = sample_responses(
+                models.policy, tokenizer, encoded.examples, chosen, rollout, config
             )
-        if done % config.log_steps == 0 or done == config.num_rollouts:
-            tokens = sum(len(example.ids) for example in examples)
-            figures = context.metrics.log(step, figures, tokens=tokens)
-            context.metrics.samples(step, _rows(asked, answers, scores)[:NUM_LOGGED])
+        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
+        answers = response_texts(examples, tokenizer)
+        scored = models.reward(asked, answers, examples)
+        scores = _scores(config, scored.rewards, finished, moments)
+        experience, figures = _experience(config, context, models, tokenizer, examples, scores, control.coef)
+        ended = control.spent(figures["objective/kl"])
+        if not ended:
+            figures |= _update(config, context, models, experience, rollout, control.coef)
+        figures |= (
+            _gold(context, asked, answers)
+            | scored.figures
+            | {
+                "objective/finished": sum(finished) / len(finished),
+                "objective/kl_coef": control.coef,
+            }
+        )
+        control.adapt(figures["objective/kl"], rollout)
+        step, done = (rollout + 1) * config.updates_per_rollout, rollout + 1
+        if done % config.log_steps == 0 or done == config.num_rollouts or ended:
+            figures = context.metrics.log(step, figures, tokens=int(experience.batch.lengths.sum()))
+            context.metrics.samples(step, _shown(asked, answers, scores))
         context.progress.update(done, figures)
+        if monitor.ends(done, step) or ended:
+            break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            context.save(step, modules, optimizers, {"rollout": done, "kl_coef": kl_coef})
+            values = {"rollout": done, "kl_coef": control.coef, "score_moments": moments.state}
+            context.save(step, modules, models.optimizers, values | monitor.values())
         if stopping:
             context.stop.end()
-    context.save_checkpoint(models.policy, tokenizer, "policy")
-    return {"reward": figures.get("objective/score"), "kl": figures.get("objective/kl"), "kl_coef": kl_coef}
+    context.save_checkpoint(models.result(), tokenizer, "policy")
+    return {
+        **encoded.figures,
+        "reward": figures.get("objective/score"),
+        "kl": figures.get("objective/kl"),
+        "kl_coef": control.coef,
+        "over_kl_budget": ended,
+        **monitor.summary(),
+    }
 
 
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
     context.check_same_tokens("reference", tokenizer)
-    context.check_same_tokens("reward_model", tokenizer)
     policy = context.load_policy("policy", tokenizer)
-    value = context.load_scalar_model("reward_model", tokenizer)
+    optimizers = {"policy": make_optimizer(policy, config)}
+    value, value_scale = None, Normalizer()
+    if config.has_value_model:
+        value = context.load_scalar_model("reward_model", tokenizer)
+        value_scale = read_normalizer(context.model("reward_model").folder())
+        optimizers["value"] = make_optimizer(value, config, config.value_learning_rate)
     return Models(
         policy=policy,
         reference=context.load_policy("reference", tokenizer, frozen=True),
+        reward=load_reward(config, context, tokenizer, config.micro_batch_size),
         value=value,
-        reward=load_reward_model(context, tokenizer, config.micro_batch_size),
-        policy_optimizer=make_optimizer(policy, config),
-        value_optimizer=make_optimizer(value, config, config.value_learning_rate),
+        value_scale=value_scale,
+        average=None if config.ema_decay is None else WeightAverage(policy, config.ema_decay),
+        ptx=PtxLoss.load(policy, tokenizer, config, context),
+        optimizers=optimizers,
     )
 
 
-def _sample(
-    config: PPOConfig,
-    context: Context,
-    policy: PreTrainedModel,
-    tokenizer: Tokenizer,
-    rollout: int,
-    chosen: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-) -> tuple[list[Example], list[bool]]:
-    """Prompts with fresh responses, and which of them ended by themselves."""
-    policy.train(False)
-
-    def sample(places: list[int]) -> list[list[Sampled]]:
-        with context.autocast():
-            return generate(
-                policy,
-                [list(prompts[chosen[place]]) for place in places],
-                num_samples=config.num_samples,
-                max_new_tokens=config.max_response_length,
-                stop_ids=tokenizer.stop_ids,
-                pad_id=tokenizer.pad_id,
-                temperature=config.temperature,
-                seed=config.seed,
-                step=rollout,
-                prompt_ids=[chosen[place] for place in places],
-                batch_size=config.generation_batch_size,
-            ).samples
-
-    sampled = processes.spread([len(prompts[index]) for index in chosen], sample)
-    flat = [(index, sample) for index, row in zip(chosen, sampled, strict=True) for sample in row]
-    examples = [
-        Example([*prompts[index], *sample.ids], [False] * len(prompts[index]) + [True] * len(sample.ids))
-        for index, sample in flat
-    ]
-    return examples, [sample.finished for _, sample in flat]
+def _prompts(
+    config: PPOConfig, tokenizer: Tokenizer, context: Context
+) -> tuple[Encoded[list[int]], list[str]]:
+    """Token ids and text of every prompt that fits."""
+    records = context.records("data", config.data, Prompt)
+    encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
+    return encoded, [prompt_text(records[index]) for index in encoded.kept]
 
 
 def _scores(
-    config: PPOConfig, reward: RewardModel, examples: Sequence[Example], finished: Sequence[bool]
+    config: PPOConfig, rewards: NDArray[np.float64], finished: Sequence[bool], moments: RunningMoments
 ) -> Tensor:
-    """Normalised, clipped rewards (B,), less for a response that was cut off."""
-    scores = torch.from_numpy(reward(examples)).float().clamp(-config.score_clip, config.score_clip)
+    """Scaled, clipped rewards (B,), less for a response that was cut off."""
+    scaled = moments.scaled(rewards) if config.reward_scaling == "running" else rewards
+    scores = torch.from_numpy(scaled).float().clamp(-config.score_clip, config.score_clip)
     return scores - config.missing_eos_penalty * (~torch.tensor(finished)).float()
 
 
@@ -215,112 +214,142 @@ def _experience(
     scores: Tensor,
     kl_coef: float,
 ) -> tuple[Experience, dict[str, float]]:
-    """Log-probs, values, shaped rewards and advantages of a rollout, with its figures."""
+    """Log-probs, shaped rewards, values and advantages of a rollout, with its figures."""
     batch = collate(examples, tokenizer.pad_id).to(context.device)
     mask = batch.loss_mask[:, 1:]  # (B, T - 1)
     pad, size, temperature = tokenizer.pad_id, config.micro_batch_size, config.temperature
+    values = returns = None
     with context.autocast():
         # Computed as the update computes them, so that the first ratio is 1; sampling rounds otherwise.
         logprobs = response_logprobs(models.policy, examples, pad, size, temperature).to(context.device)
         reference = response_logprobs(models.reference, examples, pad, size, temperature).to(context.device)
-        raw_values = response_values(models.value, examples, pad, size).to(context.device)
-    values = models.reward.normalizer(raw_values) * mask
-    rewards = shape_rewards(logprobs, reference, scores.to(context.device), mask, kl_coef)
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+        if models.value is not None:
+            values = response_values(models.value, examples, pad, size).to(context.device)
+            values = models.value_scale(values) * mask
+    kl = KL_ESTIMATORS[config.kl_estimator](logprobs, reference)
+    price = kl_coef if config.kl_in == "reward" else 0.0
+    rewards = shape_rewards(kl, scores.to(context.device), mask, price)
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, keep_mean=True)
+    advantages = ADVANTAGES[config.advantage](rewards, values, mask, config)
     figures = {
         "objective/score": float(scores.mean()),
         "objective/kl": float((logprobs - reference).sum(1).mean()),  # nats a response
         "objective/entropy": float(-logprobs.sum() / mask.sum()),  # nats a token, by its unbiased estimate
         "objective/length": float(mask.sum(1).float().mean()),
-        "ppo/explained_variance": float(explained_variance(values, returns, mask)),
     }
-    return Experience(batch, mask, logprobs, values, masked_whiten(advantages, mask), returns), figures
+    if values is not None:
+        returns = advantages + values
+        advantages = masked_whiten(advantages, mask)
+        figures["ppo/explained_variance"] = float(explained_variance(values, returns, mask))
+    return Experience(batch, mask, logprobs, reference, advantages, values, returns), figures
 
 
 def _update(
-    config: PPOConfig, context: Context, models: Models, experience: Experience, rollout: int
+    config: PPOConfig, context: Context, models: Models, experience: Experience, rollout: int, kl_coef: float
 ) -> dict[str, float]:
     """Epochs of minibatches over one rollout, policy and value model each with its own optimizer."""
-    lengths = experience.batch.lengths.tolist()
-    samples = [Sample(i, lengths[i], int(count)) for i, count in enumerate(experience.mask.sum(1).tolist())]
-    share = schedule(rollout, config.num_rollouts, config)
-    set_learning_rate(models.policy_optimizer, config.learning_rate * share)
-    set_learning_rate(models.value_optimizer, config.value_learning_rate * share)
+    alone = config.value_pretrain_rollouts
+    policy_share = schedule(max(0, rollout - alone), config.num_rollouts - alone, config)
+    value_share = schedule(rollout, config.num_rollouts, config)
+    set_learning_rate(models.optimizers["policy"], config.learning_rate * policy_share)
+    policy_fn, value_fn = (
+        _policy_fn(config, models, experience, kl_coef),
+        _value_fn(config, models, experience),
+    )
+    averages = Averages()
+    first: dict[str, float] = {}
+    models.policy.train()
+    for number, minibatch in enumerate(minibatches(experience.rows(), rollout, config)):
+        policy_figures: dict[str, tuple[float, float]] = {}
+        if rollout >= alone:
+            policy_figures = optimizer_step(
+                models.policy,
+                models.optimizers["policy"],
+                minibatch,
+                policy_fn,
+                config,
+                context,
+                more=models.ptx.terms(rollout * config.updates_per_rollout + number),
+            )
+            if models.average is not None:
+                models.average.update(models.policy)
+        if models.value is not None:
+            models.value.train()
+            set_learning_rate(models.optimizers["value"], config.value_learning_rate * value_share)
+            value_figures = optimizer_step(
+                models.value, models.optimizers["value"], minibatch, value_fn, config, context
+            )
+            averages.add("ppo/value_loss", *value_figures["loss"])
+        for name, (total, count) in policy_figures.items():
+            averages.add(POLICY_FIGURES.get(name, name), total, count)
+        means = {name: total / count for name, (total, count) in policy_figures.items() if "/" in name}
+        first = first or {f"{name}_first": mean for name, mean in means.items()}
+        # Summed over all processes, so they all leave at the same minibatch.
+        if config.max_update_kl is not None and means.get("ppo/approx_kl", 0.0) > config.max_update_kl:
+            break
+    return averages.means() | first | {"ppo/updates": number + 1}
 
-    def policy_fn(micro: Sequence[Sample]) -> StepOutput:
-        rows, batch = _part(experience, micro)
-        mask = batch.loss_mask[:, 1:]  # (b, t - 1)
-        width = mask.shape[1]
-        logprobs = batch_logprobs(models.policy, batch, config.temperature)  # (b, t - 1)
-        old = experience.logprobs[rows, :width]
+
+def _policy_fn(
+    config: PPOConfig, models: Models, experience: Experience, kl_coef: float
+) -> Callable[[Sequence[ResponseRow]], StepOutput]:
+    """The clipped loss of eq. 7, with KL and entropy as losses of their own where they are asked for."""
+
+    def policy_fn(micro: Sequence[ResponseRow]) -> StepOutput:
+        old = experience.part(micro)  # (b, t - 1)
+        mask, count = old.mask, float(old.mask.sum())
+        entropies = None
+        if config.entropy_coef:
+            logprobs, entropies = batch_logprobs_and_entropy(models.policy, old.batch, config.temperature)
+        else:
+            logprobs = batch_logprobs(models.policy, old.batch, config.temperature)
         losses, ratio = policy_loss(
-            logprobs, old, experience.advantages[rows, :width], mask, config.clip_range
+            logprobs, old.logprobs, old.advantages, mask, config.clip_range, config.dual_clip
         )
-        count = float(mask.sum())
+        if config.kl_in == "loss":
+            kl = KL_ESTIMATORS[config.kl_estimator](logprobs, old.reference_logprobs)
+            losses = losses + kl_coef * kl_loss(kl, ratio, mask)
+        if entropies is not None:
+            losses = losses - config.entropy_coef * entropies
         clipped = ((ratio - 1).abs() > config.clip_range) & mask
-        approx_kl = masked_sum(kl_k3(old, logprobs), mask)
+        approx_kl = masked_sum(kl_k3(old.logprobs, logprobs), mask)
         return StepOutput(
             losses=losses,
             metrics={
-                "ppo/ratio": (float(masked_sum(ratio.detach(), mask)), count),
+                "ppo/ratio": (float(masked_sum(ratio, mask)), count),
                 "ppo/clip_fraction": (float(clipped.sum()), count),
                 "ppo/approx_kl": (float(approx_kl.detach()), count),
             },
         )
 
-    def value_fn(micro: Sequence[Sample]) -> StepOutput:
-        rows, batch = _part(experience, micro)
-        mask = batch.loss_mask[:, 1:]  # (b, t - 1)
-        width = mask.shape[1]
-        values = models.reward.normalizer(token_scores(models.value, batch.input_ids))[:, :-1]  # (b, t - 1)
-        old, returns = experience.values[rows, :width], experience.returns[rows, :width]
-        return StepOutput(losses=value_loss(values, old, returns, mask, config.value_clip_range))
+    return policy_fn
 
-    averages = Averages()
-    first: dict[str, float] = {}
-    models.policy.train()
-    models.value.train()
-    for minibatch in _minibatches(config, samples, rollout):
-        policy_figures = optimizer_step(
-            models.policy, models.policy_optimizer, minibatch, policy_fn, config, context
+
+def _value_fn(
+    config: PPOConfig, models: Models, experience: Experience
+) -> Callable[[Sequence[ResponseRow]], StepOutput]:
+    """The clipped squared error of the value model."""
+
+    def value_fn(micro: Sequence[ResponseRow]) -> StepOutput:
+        old = experience.part(micro)  # (b, t - 1)
+        assert models.value is not None and old.values is not None and old.returns is not None
+        values = models.value_scale(token_scores(models.value, old.batch.input_ids))[:, :-1]
+        return StepOutput(
+            losses=value_loss(values, old.values, old.returns, old.mask, config.value_clip_range)
         )
-        value_figures = optimizer_step(
-            models.value, models.value_optimizer, minibatch, value_fn, config, context
-        )
-        for name, (total, count) in policy_figures.items():
-            averages.add(
-                name.replace("grad_norm", "ppo/policy_grad_norm").replace("loss", "ppo/policy_loss"),
-                total,
-                count,
-            )
-        averages.add("ppo/value_loss", *value_figures["loss"])
-        first = first or {
-            f"{name}_first": total / count for name, (total, count) in policy_figures.items() if "/" in name
-        }
-    return averages.means() | first
+
+    return value_fn
 
 
-def _minibatches(config: PPOConfig, samples: Sequence[Sample], rollout: int) -> Iterator[list[Sample]]:
-    for epoch in range(config.ppo_epochs):
-        shuffled = list(samples)
-        random.Random(f"{config.seed}/{rollout}/{epoch}").shuffle(shuffled)
-        for start in range(0, len(shuffled), config.batch_size):
-            yield shuffled[start : start + config.batch_size]
+def _gold(context: Context, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+    """What the embedded world's judge thinks of the responses; for people alone, training never sees it."""
+    if context.task.data["data"].kind != "toy":
+        return {}
+    return {"objective/gold": float(gold_scores(prompts, responses)["overall"].mean())}
 
 
-def _part(experience: Experience, micro: Sequence[Sample]) -> tuple[Tensor, TokenBatch]:
-    """Row numbers (b,) of a micro-batch and its tokens (b, t), no wider than its longest row."""
-    whole = experience.batch
-    width = max(sample.num_tokens for sample in micro)
-    rows = torch.tensor([sample.index for sample in micro], device=whole.input_ids.device)
-    ids, mask = whole.input_ids[rows, :width], whole.loss_mask[rows, :width]
-    return rows, TokenBatch(ids, whole.lengths[rows], mask)
-
-
-def _response(example: Example) -> list[int]:
-    return [token for token, learnt in zip(example.ids, example.mask, strict=True) if learnt]
-
-
-def _rows(prompts: Sequence[str], responses: Sequence[str], scores: Tensor) -> list[dict[str, Any]]:
-    columns = zip(prompts, responses, scores.tolist(), strict=True)
+def _shown(prompts: Sequence[str], responses: Sequence[str], scores: Tensor) -> list[dict[str, Any]]:
+    """A few responses for a person to read."""
+    columns = zip(prompts[:NUM_LOGGED], responses, scores.tolist(), strict=False)
     return [{"prompt": prompt, "response": response, "reward": score} for prompt, response, score in columns]

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.artifact import remove_tree
 from alignpipe.config import SHARDED, DataConfig
+from alignpipe.data.mixture import Portion, read_portion
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text, Unpaired
-from alignpipe.data.shares import in_share
-from alignpipe.data.sources import DataSource, RecordSet, read_records, readable_types, write_rejected
+from alignpipe.data.sources import DataSource, RecordSet, read_parts, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters
@@ -57,6 +57,7 @@ class Context:
         progress: what the user sees.
         stop: whether a signal came.
         loss_scale: of float16 gradients.
+        step: optimizer updates done; what training draws, it draws for a step.
     """
 
     task: Task
@@ -65,8 +66,9 @@ class Context:
     progress: StageProgress
     stop: StopSignal
     loss_scale: LossScale = field(default_factory=LossScale)
+    step: int = 0
     # A stage reads its file once, though it takes what it trains on and what it holds out from it.
-    _read: dict[tuple[str, type[Record]], RecordSet] = field(default_factory=dict)
+    _read: dict[tuple[str, type[Record]], list[RecordSet]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -133,11 +135,24 @@ class Context:
         return self._placed(freeze(model) if frozen else model)
 
     def load_scalar_model(
-        self, role: str, tokenizer: Tokenizer, *, seed: int | None = None, frozen: bool = False
+        self,
+        role: str,
+        tokenizer: Tokenizer,
+        *,
+        seed: int | None = None,
+        num_heads: int = 1,
+        all_heads: bool = False,
+        frozen: bool = False,
     ) -> PreTrainedModel:
-        """The reward or value model of a role, placed as the launch says; `seed` draws a new head."""
+        """The reward or value model of a role, placed as the launch says; arguments as `load_scalar_model`'s."""
         model = load_scalar_model(
-            self.model(role), tokenizer, self.task.attn_implementation, self._loading_device, seed=seed
+            self.model(role),
+            tokenizer,
+            self.task.attn_implementation,
+            self._loading_device,
+            seed=seed,
+            num_heads=num_heads,
+            all_heads=all_heads,
         )
         return self._placed(freeze(model) if frozen else model)
 
@@ -178,16 +193,19 @@ class Context:
             want: type of record.
             share: another share than the stage's own, such as `eval` for held-out rows.
         """
+        return cast(list[AnyRecord], self.portion(role, config, want, share).records)
+
+    def portion(self, role: str, config: DataConfig, want: type[Record], share: str | None = None) -> Portion:
+        """The same records, each with its place and source."""
         data = self.task.data[role]
+        source = DataSource(data.kind, data.path, config)
         if (role, want) not in self._read:
-            source = DataSource(data.kind, data.path, config)
-            self._read[role, want] = read_records(source, RECORD_TYPE[want])
+            self._read[role, want] = read_parts(source, RECORD_TYPE[want])
         found = self._read[role, want]
-        if found.rejected and processes.is_main():
-            write_rejected(found.rejected, self.task.work / REJECTED)
-        salt = "collect" if data.kind == "collect" else ""
-        records = cast(list[AnyRecord], found.records)
-        return in_share(records, share or data.share, config.shares, salt)
+        rejected = [row for one in found for row in one.rejected]
+        if rejected and processes.is_main():
+            write_rejected(rejected, self.task.work / REJECTED)
+        return read_portion(source, found, share or data.share)
 
     def record_types(self, role: str, config: DataConfig) -> frozenset[RecordType]:
         """The types of record that a data set can serve."""

@@ -4,12 +4,12 @@ rows -> micro-batches -> losses per item -> one division by the items of the who
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
@@ -52,6 +52,57 @@ class StepOutput:
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Term(Generic[AnyRow]):
+    """A part of a step's loss with rows of its own, divided by the items of these.
+
+    Attributes:
+        rows: of the whole step, on every process.
+        loss_fn: a micro-batch of rows -> losses per item.
+        weight: that the mean loss is multiplied with.
+        name: of the mean loss among the figures.
+    """
+
+    rows: Sequence[AnyRow]
+    loss_fn: Callable[[Sequence[AnyRow]], StepOutput]
+    weight: float = 1.0
+    name: str = "loss"
+
+
+class Watcher(Protocol):
+    """Looks at a model while it is trained, and may end the training."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is saved and resumed beside the model."""
+
+    def values(self) -> dict[str, Any]:
+        """What is saved with a state, as JSON."""
+
+    def begin(self, state: Mapping[str, Any], total: int) -> None:
+        """Look at the start, or take up what a state holds."""
+
+    def ends(self, done: int, step: int) -> bool:
+        """Whether training ends after so many steps."""
+
+
+class Unwatched:
+    """Never looks."""
+
+    modules: Mapping[str, nn.Module] = {}
+
+    def values(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def begin(self, state: Mapping[str, Any], total: int) -> None:
+        """Do nothing."""
+
+    def ends(self, done: int, step: int) -> bool:
+        """Never."""
+        return False
+
+
 def micro_batches(rows: Sequence[AnyRow], size: int) -> Iterator[list[AnyRow]]:
     """Cut the rows of a step into forwards of like length, longest first so that memory fails early."""
     by_length = sorted(rows, key=lambda row: row.num_tokens, reverse=True)
@@ -67,6 +118,7 @@ def fit(
     context: Context,
     evaluate: Callable[[], dict[str, float]],
     prepare: Callable[[Sequence[AnyRow]], Sequence[AnyRow]] = list,
+    watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Train a model on rows.
 
@@ -78,9 +130,10 @@ def fit(
         context: device, states, figures.
         evaluate: figures on held-out rows, logged under `eval/`.
         prepare: all rows of a step, before it -> the same with what depends on all of them; every process calls it.
+        watcher: asked after every step whether training ends there.
 
     Returns:
-        The last held-out figures.
+        The held-out figures of the weights that the model ends with.
 
     Raises:
         NumericalError: a loss or gradient is not finite; the weights are those of the last good step.
@@ -88,18 +141,23 @@ def fit(
     """
     optimizer = make_optimizer(model, config)
     total = num_steps(config, len(rows))
-    first = int(context.resume({"model": model}, {"model": optimizer})["step"])
+    watcher = watcher or Unwatched()
+    modules = {"model": model, **watcher.modules}
+    state = context.resume(modules, {"model": optimizer})
+    first = done = int(state["step"])
+    watcher.begin(state, total)
     order = batches(config.seed, len(rows), config.batch_size, start=first * config.batch_size)
     averages, tokens = Averages(), 0
     context.progress.begin("training", total, first)
     model.train()
     for step in range(first, total):
         batch = prepare([rows[index] for index in next(order)])
+        context.step = step
         set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
         for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():
             averages.add(name, value, count)
         tokens += sum(row.num_tokens for row in batch)
-        done = step + 1
+        context.step = done = step + 1
         if done % config.log_steps == 0 or done == total:
             rate = optimizer.param_groups[0]["lr"]
             figures = context.metrics.log(done, {**averages.means(), "learning_rate": rate}, tokens=tokens)
@@ -107,12 +165,14 @@ def fit(
             context.progress.update(done, figures)
         if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
             _log_held_out(model, evaluate, context, done)
+        if watcher.ends(done, done):
+            break
         stopping = context.stopping()
         if stopping or done % config.save_steps == 0:
-            context.save(done, {"model": model}, {"model": optimizer}, {})
+            context.save(done, modules, {"model": optimizer}, watcher.values())
         if stopping:
             context.stop.end()
-    return _log_held_out(model, evaluate, context, total)
+    return _log_held_out(model, evaluate, context, done)
 
 
 def optimizer_step(
@@ -122,6 +182,7 @@ def optimizer_step(
     loss_fn: Callable[[Sequence[AnyRow]], StepOutput],
     config: OptimizerConfig,
     context: Context,
+    more: Sequence[Term[Any]] = (),
 ) -> dict[str, tuple[float, float]]:
     """One update: gradients of all micro-batches of all processes, divided by the items of the whole step.
 
@@ -132,39 +193,53 @@ def optimizer_step(
         loss_fn: a micro-batch of rows -> losses per item.
         config: micro-batch, clipping.
         context: precision, loss scale.
+        more: further terms of the loss; their gradients are added in passes of their own.
 
     Returns:
-        Figures of the step as (sum, count): the loss, the gradient norm, and what `loss_fn` measured.
+        Figures of the step as (sum, count): the loss of each term, the gradient norm, and what `loss_fn` measured.
 
     Raises:
-        NumericalError: before the update, when the loss or the gradient is not finite.
+        NumericalError: before the update, when a loss or the gradient is not finite.
     """
-    num_items = sum(row.num_items for row in rows)
-    figures = {"loss": (0.0, 0.0)}
-    for micro, weight in _own_micro_batches(model, rows, config.micro_batch_size):
-        with context.autocast(), context.saved_activations():
-            output = loss_fn(micro)
-        loss = output.losses.sum() * weight / num_items
-        (loss * context.loss_scale.value).backward()  # type: ignore[no-untyped-call]
-        for name, (value, count) in {"loss": (float(loss.detach()), 0.0), **output.metrics}.items():
-            before = figures.get(name, (0.0, 0.0))
-            figures[name] = (before[0] + value * weight, before[1] + count * weight)
+    terms = [Term(rows, loss_fn), *more]
+    figures: dict[str, tuple[float, float]] = {}
+    for term in terms:
+        figures |= _add_gradients(model, term, config, context)
     sum_gradients(model.parameters())
     figures = processes.sum_figures(figures)
-    loss_sum = figures["loss"][0]
+    losses = {term.name: figures[term.name][0] for term in terms}
     norm = clip_gradients(model.parameters(), config.max_grad_norm, context.loss_scale.value)
     # With a loss scale the gradient of a sound loss may overflow, and the next step has half the scale.
     overflow = context.loss_scale.overflowed(math.isfinite(norm))
-    if not math.isfinite(loss_sum) or not (overflow or math.isfinite(norm)):
+    if not all(map(math.isfinite, losses.values())) or not (overflow or math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
+        told = ", ".join(f"{name} {loss}" for name, loss in losses.items())
         raise NumericalError(
-            f"{context.task.name}: loss {loss_sum}, gradient norm {norm}: not finite; "
+            f"{context.task.name}: {told}, gradient norm {norm}: not finite; "
             f"lower learning_rate ({config.learning_rate:g}) or look at the rows of this step"
         )
     if not overflow:
         step_with_moments(optimizer, offload=context.task.launch.optimizer_offload)
     optimizer.zero_grad(set_to_none=True)
-    return {**figures, "loss": (loss_sum, 1.0), **({} if overflow else {"grad_norm": (norm, 1.0)})}
+    means = {name: (loss, 1.0) for name, loss in losses.items()}
+    return {**figures, **means, **({} if overflow else {"grad_norm": (norm, 1.0)})}
+
+
+def _add_gradients(
+    model: PreTrainedModel, term: Term[AnyRow], config: OptimizerConfig, context: Context
+) -> dict[str, tuple[float, float]]:
+    """This process's part of a term: its gradient is added to the model's, its figures are returned as (sum, count)."""
+    num_items = sum(row.num_items for row in term.rows)
+    figures = {term.name: (0.0, 0.0)}
+    for micro, weight in _own_micro_batches(model, term.rows, config.micro_batch_size):
+        with context.autocast(), context.saved_activations():
+            output = term.loss_fn(micro)
+        loss = output.losses.sum() * weight / num_items
+        (loss * (context.loss_scale.value * term.weight)).backward()  # type: ignore[no-untyped-call]
+        for name, (value, count) in {term.name: (float(loss.detach()), 0.0), **output.metrics}.items():
+            before = figures.get(name, (0.0, 0.0))
+            figures[name] = (before[0] + value * weight, before[1] + count * weight)
+    return figures
 
 
 def _own_micro_batches(

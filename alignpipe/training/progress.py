@@ -68,9 +68,9 @@ class StageProgress:
             line = f"  {self._stage:<8} {self._what} {done}/{self._total}  {shown}  eta {self._remaining()}"
             self._console.print(Text(line), soft_wrap=True)
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence that a person should read."""
-        self._console.print(Text(f"  {self._stage:<8} {sentence}"), soft_wrap=True)
+    def say(self, line: str) -> None:
+        """Write a line that stays."""
+        self._console.print(Text(line), soft_wrap=True)
 
     def end(self) -> None:
         """Take the live line off the screen."""

@@ -10,7 +10,15 @@ import yaml
 from alignpipe.compose import compose
 from alignpipe.compose.composition import built_in_folder
 from alignpipe.compose.yaml_files import check_file, key_lines
-from alignpipe.config import KINDS, PREFERENCE_LOSSES, DataConfig, ModelConfig, inherited
+from alignpipe.config import (
+    KINDS,
+    PREFERENCE_LOSSES,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    RewardConfig,
+    inherited,
+)
 
 CONF = built_in_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -19,6 +27,13 @@ PIPELINES = {
     "instructgpt_style": ["sft", "collect", "rm", "ppo", "eval"],
     "zephyr_style": ["sft", "collect", "dpo", "eval"],
     "from_scratch": ["pretrain", "sft", "collect", "rm", "rs", "ppo", "eval"],
+    "llama2_rounds": [
+        "sft",
+        *(f"{kind}_{number}" for number in range(1, 6) for kind in ("collect", "rm", "rs")),
+        "ppo_5",
+        "eval",
+    ],
+    "online_dpo": ["sft", *(f"{kind}_{n}" for n in (1, 2, 3) for kind in ("collect", "dpo")), "eval"],
 }
 
 
@@ -30,6 +45,8 @@ def _word(path: Path) -> list[str]:
     """The word that chooses a file."""
     group, _, option = _name(path).removesuffix(".yaml").rpartition("/")
     extra = {"pretrained": ["model.path=x"], "file": ["data.path=x"]}.get(option, [])
+    if group == "reward":
+        return ["stage=ppo", "stage.reward_model=rm", f"reward@stage.reward={option}"]
     needs_reward_model = ["stage.reward_model=rm"] if group == "stage" and option in ("rs", "ppo") else []
     return [f"{group}={option}", *extra, *needs_reward_model] if group else []
 
@@ -65,10 +82,22 @@ def test_no_comment_stands_beside_a_value(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_file_sets_every_key_of_its_schema_but_data(kind: str) -> None:
-    found = {found.key for found in key_lines(CONF / "stage" / f"{kind}.yaml")}
-    keys = {key for key in found if "." not in key} - {"defaults"}
-    known = {spec.name for spec in fields(KINDS[kind])} - {"data", "demonstrations", "text_data"}
+    found = {found.key.split(".")[0] for found in key_lines(CONF / "stage" / f"{kind}.yaml")}
+    keys = found - {"defaults"}
+    known = {spec.name for spec in fields(KINDS[kind])} - {
+        "data",
+        "demonstrations",
+        "text_data",
+        "ptx_data",
+        "reward",
+    }
     assert keys == known
+
+
+def test_reward_file_sets_every_key_of_its_schema() -> None:
+    nested = {f"gate.{spec.name}" for spec in fields(GateConfig)}
+    keys = {found.key for found in key_lines(CONF / "reward" / "sum.yaml")} - {"defaults"}
+    assert keys == {spec.name for spec in fields(RewardConfig)} | nested
 
 
 def test_global_package_line_is_the_first_line() -> None:

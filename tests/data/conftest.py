@@ -35,6 +35,8 @@ def make_config(**changes: Any) -> DataConfig:
         "max_rows": None,
         "max_bad": 0.01,
         "on_overflow": "drop",
+        "mixture": {},
+        "mixture_stopping": "first_exhausted",
         "shares": SharesConfig(sft=0.4, preference=0.25, rl=0.2, eval=0.15),
         "labelers": LabelersConfig(
             num_labelers=2,

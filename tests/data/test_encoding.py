@@ -40,6 +40,52 @@ def test_encode_demonstrations_loss_on_all_learns_all_but_the_first() -> None:
     assert example.mask == [False] + [True] * (len(example.ids) - 1)
 
 
+TURNS = Demonstration(
+    (
+        ASK,
+        Message("assistant", "Blue."),
+        Message("user", "And the grass?"),
+        Message("assistant", "Green, of course."),
+    )
+)
+
+
+def test_encode_demonstrations_loss_on_last_learns_the_last_turn_with_its_end() -> None:
+    (all_turns,) = encode_demonstrations([TURNS], TOKENIZER, 100, "drop").examples
+    (last,) = encode_demonstrations([TURNS], TOKENIZER, 100, "drop", "last").examples
+    response = TOKENIZER.encode_response(TURNS.prompt, "Green, of course.")
+    assert last.ids == all_turns.ids
+    assert last.mask == [False] * (len(last.ids) - len(response)) + [True] * len(response)
+    assert last.ids[-1] == TOKENIZER.turn_end_id
+    # Two turns are learnt otherwise, each with its end.
+    learnt = [token for token, mask in zip(all_turns.ids, all_turns.mask, strict=True) if mask]
+    assert learnt.count(TOKENIZER.turn_end_id) == 2
+    assert learnt == [*answer("Blue."), *response]
+
+
+@pytest.mark.parametrize("loss_on", ["response", "last", "all"])
+@pytest.mark.parametrize("max_length", range(2, 60))
+def test_encode_demonstrations_cut_always_leaves_something_to_learn(loss_on: str, max_length: int) -> None:
+    examples = encode_demonstrations([SHORT, LONG, TURNS], TOKENIZER, max_length, "cut", loss_on).examples
+    assert len(examples) == 3
+    for example in examples:
+        assert example.num_items > 0 and not example.mask[0]
+        assert len(example.ids) == len(example.mask) <= max_length
+
+
+def test_encoded_figures_tell_cut_from_dropped() -> None:
+    dropped = encode_demonstrations([LONG, SHORT, LONG], TOKENIZER, 30, "drop")
+    assert dropped.figures == {"rows_cut": 0, "rows_dropped": 2}
+    cut = encode_demonstrations([LONG, SHORT, LONG], TOKENIZER, 30, "cut")
+    assert cut.figures == {"rows_cut": 2, "rows_dropped": 0}
+    # A ranking that loses its long response is cut, one that has no two left is dropped.
+    pair = Ranking((ASK,), ("Blue.", "Green. " * 20), (1.0, 2.0))
+    assert encode_rankings([RANKING, pair], TOKENIZER, 30, "drop").figures == {
+        "rows_cut": 1,
+        "rows_dropped": 1,
+    }
+
+
 def test_encode_demonstrations_drop_counts_and_tells_which_are_kept() -> None:
     encoded = encode_demonstrations([LONG, SHORT, LONG], TOKENIZER, 30, "drop")
     assert (len(encoded.examples), encoded.num_overflow, encoded.kept) == (1, 2, [1])

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from alignpipe.evaluation.statistics import mean_figure, mean_interval, paired_interval, ratio_figure
+from alignpipe.evaluation.statistics import (
+    lower_bound,
+    mean_figure,
+    mean_interval,
+    paired_interval,
+    ratio_figure,
+    wilson_interval,
+)
 
 
 def test_constant_values_have_an_interval_without_width() -> None:
@@ -52,6 +59,28 @@ def test_same_seed_gives_the_same_interval() -> None:
 
 def test_single_prompt_has_an_interval_of_its_value() -> None:
     assert mean_interval(np.array([0.7])) == (0.7, 0.7)
+
+
+def test_wilson_interval_is_where_the_score_test_is_at_its_limit() -> None:
+    # Its ends solve |rate - p| = 1.96 sqrt(p (1 - p) / n).
+    for count, total in ((3, 11), (40, 50), (1, 200)):
+        for bound in wilson_interval(count, total):
+            distance = abs(count / total - bound) / np.sqrt(bound * (1 - bound) / total)
+            assert distance == pytest.approx(1.959964, abs=1e-6)
+
+
+def test_wilson_interval_of_none_and_of_all_has_a_width() -> None:
+    low, high = wilson_interval(0, 10)
+    assert low == 0
+    assert high == pytest.approx(0.2775, abs=1e-4)
+    assert wilson_interval(10, 10) == (pytest.approx(1 - high), pytest.approx(1.0))
+
+
+def test_lower_bound_is_the_normal_ones_of_a_large_sample() -> None:
+    values = np.random.default_rng(5).normal(0.3, 1.0, 2000)
+    error = values.std() / np.sqrt(len(values))
+    assert lower_bound(values, 0.95) == pytest.approx(values.mean() - 1.645 * error, abs=0.15 * error)
+    assert lower_bound(values, 0.5) == pytest.approx(values.mean(), abs=0.15 * error)
 
 
 def test_figure_is_the_mean_and_its_interval() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignpipe.artifact import read_manifest
-from alignpipe.errors import Stopped
+from alignpipe.errors import AlignpipeError, Stopped
 from alignpipe.pipeline.store import TASK
 from alignpipe.task import Task, write_task
 from tests.group import Group
@@ -121,6 +121,35 @@ def test_sharded_training_in_bf16_keeps_float32_weights_and_nearly_the_curve(
     }
 
 
+SFT_IN_FULL = [
+    "pipeline.order=[sft]",
+    "stages.sft.neftune_alpha=5",
+    "stages.sft.select_epoch=loss",
+    "stages.sft.selection.method=ifd",
+    "stages.sft.selection.diversity=kcenter",
+    "stages.sft.selection.keep=0.4",
+]
+
+
+def test_noise_selection_and_best_epoch_do_not_depend_on_processes(group: Group, tmp_path: Path) -> None:
+    one = Project(tmp_path / "one" / "outputs").run(*CPU, *SFT_IN_FULL) / "sft"
+    for name, words in (("two", TWO), ("fsdp2", FSDP2)):
+        task = Project(tmp_path / name / "outputs").prepare("sft", *words, *SFT_IN_FULL)
+        group.call(CASES, "run_stage", path=task.work / TASK)
+        mine, theirs = (
+            [json.loads(line) for line in (folder / "selection.jsonl").read_text().splitlines()]
+            for folder in (one, task.target)
+        )
+        assert [(row["place"], row["kept"]) for row in mine] == [
+            (row["place"], row["kept"]) for row in theirs
+        ]
+        assert 0 < sum(row["kept"] for row in mine) < len(mine)
+        assert _largest_difference("sft", one, task.target) < 1e-5
+        opened = load_file(task.target / "model.safetensors")
+        for key, weight in load_file(one / "model.safetensors").items():
+            assert (opened[key] - weight).abs().max() < 1e-4, key
+
+
 ADAPTED = ["adapter=lora", "pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
 
 
@@ -141,6 +170,57 @@ def test_adapters_on_two_processes_do_what_they_do_on_one(
         _assert_same_rankings(_folder(adapted, stage) / "rankings.jsonl", task.target / "rankings.jsonl")
     else:
         assert _largest_difference(stage, _folder(adapted, stage), task.target) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "lora"])
+def test_averaged_weights_and_ptx_on_two_processes_are_those_of_one(
+    group: Group, chain: Project, adapted: Project, tmp_path: Path, kind: str
+) -> None:
+    words = ["stages.ppo.ema_decay=0.5", "stages.ppo.ptx_coef=0.5", "stages.ppo.max_update_kl=0.01"]
+    parents, own = (chain, []) if kind == "fsdp2" else (adapted, ADAPTED)
+    task = _beside(parents, tmp_path / "one").prepare("ppo", *CPU, *own, *words)
+    run_stage(task.work / TASK)
+    several = FSDP2 if kind == "fsdp2" else TWO
+    other = _run(group, _beside(parents, tmp_path / "two"), "ppo", *several, *own, *words)
+    assert _largest_difference("ppo", task.target, other.target) < 1e-5
+    mine, theirs = (_metrics(folder)[-1]["ppo/ptx_loss"] for folder in (task.target, other.target))
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    name = "model.safetensors" if kind == "fsdp2" else "adapter_model.safetensors"
+    one, two = (load_file(folder / name) for folder in (task.target, other.target))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+
+
+# Alarmed by whatever happens at the first look.
+WATCHED = [
+    f"stages.ppo.monitor.{word}"
+    for word in (
+        "action=restore",
+        "num_prompts=12",
+        "max_kl=1e-6",
+        "min_entropy_ratio=1",
+        "max_length_ratio=1.0001",
+    )
+]
+
+
+@pytest.mark.parametrize("words", [TWO, FSDP2, [*TWO, *ADAPTED]], ids=["ddp", "fsdp2", "adapters"])
+def test_monitor_on_two_processes_restores_what_it_does_on_one(
+    group: Group, request: pytest.FixtureRequest, tmp_path: Path, words: list[str]
+) -> None:
+    parents = request.getfixturevalue("adapted" if "adapter=lora" in words else "chain")
+    alone = _beside(parents, tmp_path / "one").prepare(
+        "ppo", *CPU, *(ADAPTED if words[-len(ADAPTED) :] == ADAPTED else []), *WATCHED
+    )
+    run_stage(alone.work / TASK)
+    task = _run(group, _beside(parents, tmp_path / "two"), "ppo", *words, *WATCHED)
+    one, two = read_manifest(alone.target), read_manifest(task.target)
+    assert one is not None and two is not None
+    assert one.metrics["monitor"] == two.metrics["monitor"]
+    assert one.metrics["monitor"]["stopped_at"] == 1
+    assert (one.versions["processes"], two.versions["processes"]) == ("1", "2")
+    weights = next(path.name for path in alone.target.glob("*model.safetensors"))
+    mine, theirs = load_file(alone.target / weights), load_file(task.target / weights)
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 
 
 @pytest.mark.parametrize("gather", ["layer", "rollout"])
@@ -194,6 +274,34 @@ def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_
         assert [(row["prompt"], row["response"]) for row in mine] == [
             (row["prompt"], row["response"]) for row in theirs
         ]
+
+
+def test_reward_of_ones_own_is_the_same_on_two_processes(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    # What it gives depends on all responses of the call, so a process with a part of them would give another.
+    text = (
+        "def score(prompts, responses):\n    return [len(r) / len(''.join(responses)) for r in responses]\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    word = f"stages.ppo.reward.function={tmp_path}/mine.py:score"
+    one, two = _beside(chain, tmp_path / "one"), _beside(chain, tmp_path / "two")
+    alone = one.prepare("ppo", *CPU, word, "stages.ppo.reward.function_weight=30")
+    run_stage(alone.work / TASK)
+    both = _run(group, two, "ppo", *TWO, word, "stages.ppo.reward.function_weight=30")
+    assert _largest_difference("ppo", alone.target, both.target) < 1e-5
+    assert [line["reward/function"] for line in _metrics(alone.target)] == pytest.approx(
+        [line["reward/function"] for line in _metrics(both.target)]
+    )
+
+
+def test_mistake_in_a_reward_of_ones_own_is_known_to_both_processes(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [1 / 0]\n")
+    word = f"stages.ppo.reward.function={tmp_path}/mine.py:score"
+    with pytest.raises(AlignpipeError, match=r"mine\.py:2: ZeroDivisionError"):
+        _run(group, _beside(chain, tmp_path), "ppo", *TWO, word)
 
 
 def test_more_accumulation_gives_the_same_curve(chain: Project, tmp_path: Path) -> None:

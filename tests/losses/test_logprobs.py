@@ -84,6 +84,21 @@ def test_entropy_of_uniform_and_certain_distributions(monkeypatch, block):
     torch.testing.assert_close(found, torch.tensor([[math.log(4), 0.0], [math.log(2), math.log(4)]]))
 
 
+@pytest.mark.parametrize("block", [2**22, 10])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_has_the_gradient_of_its_formula_whatever_the_blocks(monkeypatch, block, temperature):
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    torch.manual_seed(5)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, dtype=torch.float64)
+    logprobs = (logits / temperature).log_softmax(-1)
+    expected = -(logprobs.exp() * logprobs).sum(-1)
+    (gradient,) = torch.autograd.grad((weights * expected).sum(), logits)
+    found = entropy(logits, temperature)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), logits)[0], gradient)
+
+
 def test_masked_sums_ignore_what_is_outside_even_infinities():
     values = torch.tensor([[1.0, 2.0, float("inf")], [4.0, float("nan"), -6.0]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
@@ -105,6 +120,11 @@ def test_masked_whiten_has_mean_zero_and_variance_one_whatever_the_padding():
         torch.nn.functional.pad(values, (0, 3), value=1e6), torch.nn.functional.pad(mask, (0, 3), value=False)
     )
     torch.testing.assert_close(padded[:, :6], white)
+
+
+def test_masked_whiten_can_keep_the_mean():
+    values, mask = torch.tensor([[1.0, 5.0, 99.0]]), torch.tensor([[True, True, False]])
+    torch.testing.assert_close(masked_whiten(values, mask, keep_mean=True), torch.tensor([[2.0, 4.0, 0.0]]))
 
 
 def test_masked_whiten_of_equal_values_is_zero():

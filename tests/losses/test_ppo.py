@@ -8,10 +8,10 @@ import torch
 from alignpipe.losses.ppo import (
     adapt_kl_coef,
     explained_variance,
-    gae,
     kl_k1,
     kl_k2,
     kl_k3,
+    kl_loss,
     policy_loss,
     shape_rewards,
     value_loss,
@@ -26,51 +26,17 @@ def test_shape_rewards_puts_the_score_on_the_last_response_token():
     logprobs = torch.tensor([[-9.0, -1.0, -2.0, -9.0], [-1.0, -1.0, -1.0, -1.0]])
     reference = torch.tensor([[-5.0, -2.0, -2.5, -1.0], [-1.0, -1.0, -1.0, -3.0]])
     mask = response_mask([(1, 3), (0, 4)], 4)
-    found = shape_rewards(logprobs, reference, torch.tensor([10.0, -3.0]), mask, kl_coef=0.1)
+    found = shape_rewards(kl_k1(logprobs, reference), torch.tensor([10.0, -3.0]), mask, kl_coef=0.1)
     torch.testing.assert_close(found, torch.tensor([[0.0, -0.1, 9.95, 0.0], [0.0, 0.0, 0.0, -3.2]]))
 
 
 def test_shape_rewards_of_the_reference_itself_are_the_score_alone():
     logprobs = torch.randn(3, 5)
     mask = response_mask([(2, 5), (1, 2), (0, 0)], 5)
-    found = shape_rewards(logprobs, logprobs, torch.tensor([2.0, 3.0, 4.0]), mask, kl_coef=0.5)
+    found = shape_rewards(kl_k1(logprobs, logprobs), torch.tensor([2.0, 3.0, 4.0]), mask, kl_coef=0.5)
     assert found.sum(1).tolist() == [2.0, 3.0, 0.0]
     assert found[0, 4] == 2.0
     assert found[1, 1] == 3.0
-
-
-@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.8, 0.0)])
-def test_gae_equals_the_explicit_double_sum(gamma, gae_lambda):
-    torch.manual_seed(0)
-    spans = [(2, 7), (0, 3), (4, 5)]
-    mask = response_mask(spans, 8)
-    rewards, values = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
-    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
-    for row, (start, end) in enumerate(spans):
-        for t in range(8):
-            expected = 0.0
-            if start <= t < end:
-                for i in range(t, end):
-                    after = values[row, i + 1].item() if i + 1 < end else 0.0
-                    delta = rewards[row, i].item() + gamma * after - values[row, i].item()
-                    expected += (gamma * gae_lambda) ** (i - t) * delta
-            assert advantages[row, t].item() == pytest.approx(expected, abs=1e-12)
-    torch.testing.assert_close(returns, (advantages + values) * mask)
-
-
-def test_gae_with_lambda_one_gives_the_discounted_sum_of_rewards_as_return():
-    rewards = torch.tensor([[1.0, 2.0, 4.0]])
-    _, returns = gae(rewards, torch.tensor([[5.0, -3.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), 0.5, 1.0)
-    assert returns.tolist() == [[3.0, 4.0, 4.0]]
-
-
-def test_gae_ignores_what_stands_outside_of_the_mask():
-    torch.manual_seed(1)
-    mask = response_mask([(1, 4)], 6)
-    rewards, values = torch.randn(1, 6), torch.randn(1, 6)
-    expected = gae(rewards, values, mask, 1.0, 0.95)
-    dirty = gae(rewards.masked_fill(~mask, 1e9), values.masked_fill(~mask, float("nan")), mask, 1.0, 0.95)
-    torch.testing.assert_close(dirty, expected)
 
 
 def test_policy_loss_ratio_is_exactly_one_on_equal_logprobs():
@@ -156,3 +122,82 @@ def test_kl_estimators_average_to_the_exact_divergence():
     assert (p * kl_k2(p.log(), q.log())).sum().item() == pytest.approx(exact.item(), rel=0.1)
     assert (kl_k3(p.log(), q.log()) >= 0).all()
     assert kl_k1(p.log(), q.log()).min() < 0
+
+
+def _expected_loss_gradient(estimator, logits, reference, sampler=None):
+    """Gradient with respect to the logits of the loss in expectation over tokens, exactly."""
+    logits = logits.clone().requires_grad_()
+    logprobs = logits.log_softmax(0)
+    old = logprobs.detach() if sampler is None else sampler.log()
+    ratio = (logprobs.detach() - old).exp()
+    losses = kl_loss(estimator(logprobs, reference.log()), ratio, torch.ones(len(logits), dtype=torch.bool))
+    (old.exp() * losses).sum().backward()
+    return logits.grad
+
+
+def _divergence_gradient(logits, reference, *, forward):
+    logits = logits.clone().requires_grad_()
+    p, q = logits.softmax(0), reference
+    (q * (q / p).log() if forward else p * (p / q).log()).sum().backward()
+    return logits.grad
+
+
+LOGITS = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64)
+REFERENCE = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sampler", [None, torch.tensor([0.25, 0.25, 0.4, 0.1], dtype=torch.float64)])
+def test_k2_as_a_loss_has_the_gradient_of_kl_on_and_off_policy(sampler):
+    found = _expected_loss_gradient(kl_k2, LOGITS, REFERENCE, sampler)
+    torch.testing.assert_close(found, _divergence_gradient(LOGITS, REFERENCE, forward=False))
+
+
+@pytest.mark.parametrize("sampler", [None, torch.tensor([0.25, 0.25, 0.4, 0.1], dtype=torch.float64)])
+def test_k3_as_a_loss_has_the_gradient_of_the_reverse_divergence(sampler):
+    found = _expected_loss_gradient(kl_k3, LOGITS, REFERENCE, sampler)
+    torch.testing.assert_close(found, _divergence_gradient(LOGITS, REFERENCE, forward=True))
+    assert (found - _divergence_gradient(LOGITS, REFERENCE, forward=False)).abs().max() > 0.05
+
+
+def test_k1_as_a_loss_has_no_gradient():
+    assert _expected_loss_gradient(kl_k1, LOGITS, REFERENCE).abs().max() < 1e-12
+
+
+def test_k1_in_the_reward_has_the_gradient_of_k2_as_a_loss():
+    logits = LOGITS.clone().requires_grad_()
+    logprobs = logits.log_softmax(0)[:, None]  # one token a response, each with its probability
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    kl = kl_k1(logprobs.detach(), REFERENCE.log()[:, None])
+    rewards = shape_rewards(kl, torch.zeros(4, dtype=torch.float64), mask, kl_coef=0.3)
+    losses, _ = policy_loss(logprobs, logprobs.detach(), rewards, mask, clip_range=0.2)
+    (logprobs.detach().exp() * losses).sum().backward()
+    torch.testing.assert_close(logits.grad, 0.3 * _expected_loss_gradient(kl_k2, LOGITS, REFERENCE))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        # Worse and ever more likely: without the bound its loss would be 5 and go on pulling.
+        (5.0, -1.0, 3.0, 0.0),
+        (2.0, -1.0, 2.0, 2.0),
+        (0.5, -1.0, 0.8, 0.0),
+        # A good token is bounded by the first clip alone.
+        (5.0, 1.0, -1.2, 0.0),
+        (1.1, 1.0, -1.1, -1.1),
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_bad_tokens_alone(ratio, advantage, loss, slope):
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    losses, _ = policy_loss(
+        logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, 0.2, dual_clip=3.0
+    )
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(slope)
+
+
+def test_kl_loss_is_zero_outside_of_the_mask():
+    mask = torch.tensor([[True, False]])
+    losses = kl_loss(torch.tensor([[2.0, float("inf")]]), torch.tensor([[1.5, 1.0]]), mask)
+    assert losses.tolist() == [[3.0, 0.0]]

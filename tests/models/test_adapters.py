@@ -80,6 +80,17 @@ def stored(llama, adapters, tokenizer, tmp_path):
     return {"sft": (tmp_path / "sft", logits(policy)), "rm": (tmp_path / "rm", logits(reward))}
 
 
+def test_several_heads_beside_an_adapter_are_kept_or_made_one(llama, adapters, tokenizer, tmp_path):
+    source = open_with(adapters)
+    reward = shake(load_scalar_model(source(llama), tokenizer, seed=0, num_heads=3))
+    save_model(reward, tokenizer, tmp_path / "rm", adapters)
+    kept = load_scalar_model(source(tmp_path / "rm"), tokenizer, all_heads=True)
+    assert torch.equal(logits(kept), logits(reward))
+    mean = load_scalar_model(source(tmp_path / "rm"), tokenizer)
+    torch.testing.assert_close(logits(mean)[:, 0], logits(reward).mean(1), atol=1e-6, rtol=1e-6)
+    assert {n for n in learnt(mean) if "score" in n} == {n for n in learnt(reward) if "score" in n}
+
+
 @every_architecture
 def test_new_adapter_changes_nothing(llama, adapters, tokenizer):
     source = open_with(adapters)

@@ -4,14 +4,25 @@ from math import sqrt
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+)
 
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example
 from alignpipe.errors import CheckpointError
 from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import save_model
-from alignpipe.models.scalar_head import load_scalar_model, score_head, sequence_scores, token_scores
+from alignpipe.models.scalar_head import (
+    load_scalar_model,
+    score_head,
+    sequence_head_scores,
+    sequence_scores,
+    token_scores,
+)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -144,3 +155,53 @@ def test_an_architecture_without_a_score_head_is_named(tokenizer, tmp_path):
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="BertForSequenceClassification: has no `score` head"):
         load_scalar_model(ModelSource(str(tmp_path)), tokenizer, seed=0)
+
+
+@pytest.fixture
+def two_heads(make_llama, tokenizer, tmp_path):
+    """A saved reward model with as many heads as transformers takes for granted, and writes no labels of."""
+    make_llama().save_pretrained(tmp_path / "lm")
+    model = load_scalar_model(ModelSource(str(tmp_path / "lm")), tokenizer, seed=3, num_heads=2)
+    save_model(model, tokenizer, tmp_path / "rm")
+    return tmp_path / "rm", model
+
+
+def test_heads_differ_and_their_mean_is_the_score(two_heads, examples, tokenizer):
+    _, model = two_heads
+    batch = collate(examples, tokenizer.pad_id)
+    heads = sequence_head_scores(model, batch)
+    assert heads.shape == (len(examples), 2)
+    assert (heads[:, 0] - heads[:, 1]).abs().min() > 1e-3
+    torch.testing.assert_close(sequence_scores(model, batch), heads.mean(1))
+
+
+def test_several_heads_open_in_plain_transformers_as_labels_of_a_regression(two_heads, examples, tokenizer):
+    folder, model = two_heads
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert (plain.config.num_labels, plain.config.problem_type) == (2, "regression")
+    ids = torch.tensor([examples[2].ids])
+    expected = sequence_head_scores(model, collate([examples[2]], tokenizer.pad_id))
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    again = load_scalar_model(ModelSource(str(folder)), tokenizer, all_heads=True)
+    assert torch.equal(score_head(again).weight, score_head(model).weight)
+
+
+def test_a_value_model_starts_from_the_mean_of_the_heads(two_heads, examples, tokenizer):
+    folder, model = two_heads
+    value = load_scalar_model(ModelSource(str(folder)), tokenizer)
+    head = score_head(value)
+    assert (head.out_features, tuple(head.weight.shape), value.config.num_labels) == (1, (1, 32), 1)
+    assert head.weight.requires_grad
+    ids = collate(examples, tokenizer.pad_id).input_ids
+    torch.testing.assert_close(token_scores(value, ids), token_scores(model, ids), atol=1e-6, rtol=1e-6)
+    # A checkpoint of it is one of a single head.
+    save_model(value, tokenizer, folder.parent / "value")
+    assert AutoModelForSequenceClassification.from_pretrained(folder.parent / "value").config.num_labels == 1
+
+
+def test_a_classifier_of_texts_is_no_reward_model(make_llama, tokenizer, tmp_path):
+    config = make_llama().config
+    config.num_labels = 2
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"wrongly shaped weights: score.weight"):
+        load_scalar_model(ModelSource(str(tmp_path)), tokenizer)

@@ -280,3 +280,83 @@ def test_second_sft_of_another_name_is_another_stage_with_the_same_key(copied: P
     plan = make_plan(copied.compose(*words).config)
     assert [row.state for row in plan.rows] == ["reuse", "reuse"]
     assert len({row.key for row in plan.rows}) == 1
+
+
+def test_ptx_reads_demonstrations_only_where_they_are_learnt(project: Project, tmp_path: Path) -> None:
+    words = ["pipeline.order=[sft,collect,rm,ppo]", "stages.ppo.policy=sft"]
+    assert set(_graph(project, *words).nodes["ppo"].data) == {"data"}
+    ref = _graph(project, *words, "stages.ppo.ptx_coef=1").nodes["ppo"].data["ptx_data"]
+    assert (ref.name, ref.share) == ("toy", "sft")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "It rains."}\n' * 5)
+    words.append("stages.ppo.ptx_coef=1")
+    ref = _graph(project, *words, f"stages.ppo.ptx_data={texts}").nodes["ppo"].data["ptx_data"]
+    # No other stage reads the file.
+    assert (ref.name, ref.share) == (str(texts), "train")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Why?"}\n' * 5)
+    error = str(_error(project, *words, f"stages.ppo.ptx_data={prompts}"))
+    assert error.startswith(f"stages.ppo.ptx_data.path: {prompts} has neither demonstrations nor text")
+    assert error.endswith("or set stages.ppo.ptx_coef=0")
+
+
+SECOND = (
+    "+stage@stages.rm_2=rm",
+    "stages.rm_2.policy=sft",
+    "stages.rm_2.data.path=collect",
+    "stages.ppo.policy=sft",
+    "pipeline.order=[sft,collect,rm,rm_2,ppo]",
+)
+
+
+def test_judge_by_name_is_a_model_of_the_stage_where_it_looks(project: Project) -> None:
+    watched = _graph(project, *SECOND, "monitor=warn", "stages.ppo.monitor.judge=rm_2").nodes["ppo"]
+    assert watched.models["judge"].stage == "rm_2"
+    assert watched.parents == ["sft", "rm", "rm_2"]
+    # A monitor that never looks reads nothing.
+    assert "judge" not in _graph(project, *SECOND, "stages.ppo.monitor.judge=rm_2").nodes["ppo"].models
+
+
+@pytest.mark.parametrize(
+    ("judge", "told"),
+    [
+        ("rm", "stages.ppo.monitor.judge: rm is what ppo is trained on"),
+        ("sft", "stages.ppo.monitor.judge: sft is made by a stage of kind sft; needed is a reward model"),
+        ("rm_3", "stages.ppo.monitor.judge: 'rm_3' is no stage, run, folder or hub id. Did you mean rm"),
+        ("auot", "stages.ppo.monitor.judge: 'auot' is no stage, run, folder or hub id. Did you mean auto"),
+    ],
+)
+def test_judge_that_cannot_judge_is_refused(project: Project, judge: str, told: str) -> None:
+    error = _error(project, *SECOND, "monitor=stop", f"stages.ppo.monitor.judge={judge}")
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [("judge=toy", "the gold judge needs"), ("action=restore", "auto is nobody")]
+)
+def test_monitor_without_a_judge_of_its_data_is_refused(
+    project: Project, prompts: Path, word: str, told: str
+) -> None:
+    words = (
+        "stages.ppo.policy=sft",
+        "pipeline.order=[sft,collect,rm,ppo]",
+        f"stages.ppo.data.path={prompts}",
+    )
+    assert _graph(project, *words, "monitor=warn").nodes["ppo"]
+    error = _error(project, *words, "monitor=warn", f"monitor.{word}")
+    assert str(error).startswith("stages.ppo.monitor.judge: ")
+    assert told in str(error)
+
+
+def test_restore_without_a_judge_is_an_error_of_words() -> None:
+    with pytest.raises(ConfigError, match=r"monitor\.action: restore goes back to what a judge liked best"):
+        _config("monitor=restore", "monitor.judge=none")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Prompts from elsewhere."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(40)))
+    return path

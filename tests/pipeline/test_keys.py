@@ -81,6 +81,27 @@ def test_what_cannot_change_a_result_is_in_no_key(tmp_path: Path) -> None:
         assert _changed(tmp_path, word) == set(), word
 
 
+def test_monitor_that_never_looks_is_in_no_key(tmp_path: Path) -> None:
+    words = ["monitor.max_kl=3", "monitor.judge=toy", "stages.ppo.monitor.every=7"]
+    assert _changed(tmp_path, *words) == set()
+    assert _changed(tmp_path, "monitor=warn") == {"rs", "ppo", "eval"}
+    assert _keys(tmp_path, "monitor=warn") != _keys(tmp_path, "monitor=warn", *words)
+
+
+def test_judge_is_in_the_key_by_what_it_learnt_and_not_by_name(tmp_path: Path) -> None:
+    words = ("monitor=warn", "pipeline.order=[sft,collect,rm,rm_2,rm_3,ppo]", "stages.ppo.policy=sft")
+    second = ("+stage@stages.rm_2=rm", "stages.rm_2.policy=sft", "stages.rm_2.data.path=collect")
+    third = ("+stage@stages.rm_3=rm", "stages.rm_3.policy=sft", "stages.rm_3.data.path=collect")
+    both = (*words, *second, *third, "stages.rm_2.seed=1")
+
+    def key(judge: str, *more: str) -> str:
+        return _keys(tmp_path, *both, f"stages.ppo.monitor.judge={judge}", *more)["ppo"]
+
+    assert key("rm_2", "stages.rm_3.seed=1") == key("rm_3", "stages.rm_3.seed=1")
+    assert key("rm_2", "stages.rm_3.seed=2") != key("rm_3", "stages.rm_3.seed=2")
+    assert key("toy") != key("none")
+
+
 def test_template_is_in_every_key(project: Project) -> None:
     before = make_plan(project.compose().config)
     after = make_plan(project.compose("model.chat_template=alpaca").config)

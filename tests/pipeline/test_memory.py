@@ -327,3 +327,21 @@ def test_estimate_is_within_15_percent_of_the_measured_peak(case: Case, tmp_path
     build(case, tmp_path)
     told, _ = estimated(case, tmp_path)
     assert told == pytest.approx(measured(case, tmp_path), rel=TOLERANCE)
+
+
+def test_ppo_without_a_value_model_plans_none(shape: Architecture) -> None:
+    config, setting = _stage("ppo")
+    bare = replace(config, advantage="rloo", num_samples=4, rollout_size=config.rollout_size // 4)
+    full, found = (peak(stage_moments(c, _roles(shape), Work(1024), setting)) for c in (config, bare))
+    assert full.weights - found.weights == 4 * shape.scalar_parameters
+    assert full.optimizer - found.optimizer == 8 * shape.scalar_parameters
+    assert found.frozen == full.frozen
+
+
+def test_averaged_policy_is_held_once_more(shape: Architecture) -> None:
+    config, setting = _stage("ppo")
+    plain, averaged = (
+        peak(stage_moments(c, _roles(shape), Work(1024), setting))
+        for c in (config, replace(config, ema_decay=0.9))
+    )
+    assert averaged.weights - plain.weights == 4 * shape.parameters

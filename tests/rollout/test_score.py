@@ -11,6 +11,7 @@ from alignpipe.models.loading import ModelSource
 from alignpipe.models.scalar_head import load_scalar_model, token_scores
 from alignpipe.rollout.score import (
     Normalizer,
+    collapse,
     response_logprobs,
     response_scores,
     response_values,
@@ -109,3 +110,22 @@ def test_normalizer_goes_through_the_manifests_metrics():
 def test_normalizer_refuses_what_would_divide_by_nothing(metrics):
     with pytest.raises(CheckpointError, match="train the reward model again"):
         Normalizer.from_metrics(metrics)
+
+
+def test_collapse_takes_deviations_off_the_mean():
+    scores = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+    assert collapse(scores).tolist() == [2.0, 2.0]
+    assert collapse(scores, 0.5).tolist() == [1.5, 2.0]
+    # One member is sure of itself.
+    assert collapse(scores[:, :1], 3.0).tolist() == [1.0, 2.0]
+
+
+def test_a_heads_own_level_is_no_disagreement():
+    torch.manual_seed(0)
+    one = torch.randn(50)
+    normalizer = Normalizer.fit(torch.stack([one, one + 7.0], dim=1))
+    heads = normalizer.of_heads(torch.stack([one, one + 7.0], dim=1))
+    assert heads.std(1, unbiased=False).max() < 1e-5
+    assert Normalizer.from_metrics(normalizer.as_metrics()) == normalizer
+    # Their mean is what the scores of the mean head are normalised to.
+    torch.testing.assert_close(collapse(heads), normalizer(one + 3.5), atol=1e-5, rtol=1e-5)

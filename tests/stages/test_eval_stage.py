@@ -236,3 +236,16 @@ def test_bad_templates_are_named_before_anything_runs(copied: Project, tmp_path:
 def test_text_data_without_text_is_refused_before_anything_runs(copied: Project, prompts: Path) -> None:
     with pytest.raises(DataError, match=r"stage\.text_data\.path: .* neither demonstrations nor texts"):
         make_plan(copied.compose("stage=eval", f"stage.text_data={prompts}").config)
+
+
+def test_what_was_collected_is_no_held_out_text(copied: Project) -> None:
+    words = ("stage=eval", "stage.policies=[latest/sft]", "data.path=latest/collect")
+    (node,) = make_plan(copied.compose(*words).config).graph.order
+    assert set(node.data) == {"data"}
+
+
+def test_text_of_ones_own_without_a_held_out_row_is_refused(copied: Project, tmp_path: Path) -> None:
+    text = tmp_path / "short.jsonl"
+    text.write_text('{"text": "A document."}\n')
+    with pytest.raises(DataError, match=r"no row of .*short\.jsonl is in the evaluation share"):
+        copied.run(*QUICK, "stage.policies=[latest/sft]", "stage.num_prompts=2", f"stage.text_data={text}")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from alignpipe.config import PPOConfig
-from alignpipe.data.encoding import Example
 from alignpipe.losses.ppo import adapt_kl_coef
-from alignpipe.stages.ppo import Sample, _minibatches, _scores
+from alignpipe.rollout.experience import ResponseRow, minibatches
+from alignpipe.rollout.scaling import RunningMoments
+from alignpipe.stages.ppo import _scores
 from tests.project import Project
 
 ALONE = (
@@ -90,20 +91,19 @@ def test_penalty_lowers_the_score_by_the_share_of_unfinished_responses(copied: P
 def test_scores_are_clipped_and_lowered_for_what_was_cut_off(project: Project) -> None:
     config = _config(project, "stage.score_clip=2", "stage.missing_eos_penalty=1.5")
     given = np.array([0.5, 0.5, 7.0, -7.0])
-    examples = [Example([5, 6], [False, True])] * len(given)
-    scores = _scores(config, lambda _: given, examples, [True, False, False, True])
+    scores = _scores(config, given, [True, False, False, True], RunningMoments())
     # The penalty comes after the clip, so that a response which is liked very much still pays it.
     assert scores.tolist() == pytest.approx([0.5, -1.0, 0.5, -2.0])
 
 
 def test_samples_of_a_rollout_are_each_visited_once_an_epoch(project: Project) -> None:
     config = _config(project, "stage.ppo_epochs=2")
-    samples = [Sample(index, 4, 2) for index in range(16)]
-    minibatches = list(_minibatches(config, samples, rollout=0))
-    assert [len(minibatch) for minibatch in minibatches] == [8, 8, 8, 8]
-    epochs = [minibatches[:2], minibatches[2:]]
-    orders = [[sample.index for minibatch in epoch for sample in minibatch] for epoch in epochs]
+    rows = [ResponseRow(index, 4, 2) for index in range(16)]
+    found = list(minibatches(rows, 0, config))
+    assert [len(minibatch) for minibatch in found] == [8, 8, 8, 8]
+    epochs = [found[:2], found[2:]]
+    orders = [[row.index for minibatch in epoch for row in minibatch] for epoch in epochs]
     assert all(sorted(order) == list(range(16)) for order in orders)
     assert orders[0] != orders[1]
-    again = [sample.index for minibatch in _minibatches(config, samples, rollout=1) for sample in minibatch]
+    again = [row.index for minibatch in minibatches(rows, 1, config) for row in minibatch]
     assert again[:16] != orders[0]
