@@ -1,4 +1,4 @@
-"""The typed schema of every group in conf/, and the checks a type cannot make.
+"""The typed schema of every group in conf/; checks.py holds what a type cannot check.
 
 YAML -> Hydra -> these dataclasses. Every default stands in conf/, so a field here has a type, a check and
 `MISSING`; the only defaults are those that say where a value is inherited from. Nothing in a configuration
@@ -6,14 +6,11 @@ names code to run: a stage is chosen by its `kind`.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
-
-from alignpipe.errors import ConfigError, did_you_mean
 
 BASE = "base"
 TOY = "toy"
@@ -23,6 +20,8 @@ TINY = "tiny"
 # Strategies under which no process holds all weights.
 SHARDED = ("fsdp2", "zero2", "zero3")
 LATEST = "latest"
+# In rounds: the newest policy before a stage.
+NEWEST = "newest"
 FORMATS = (
     "auto",
     "alpaca",
@@ -31,6 +30,7 @@ FORMATS = (
     "prompt_completion",
     "preference",
     "ranked",
+    "unpaired",
     "prompts",
     "text",
 )
@@ -51,6 +51,23 @@ SCRIPTS = (
     "katakana",
     "cjk",
 )
+# Loss of dpo -> the keys that it reads, as losses/dpo.py takes them.
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("beta",),
+    "conservative": ("beta", "label_smoothing"),
+    "robust": ("beta", "label_smoothing"),
+    "hinge": ("beta",),
+    "ipo": ("beta",),
+    "sigmoid_norm": ("beta",),
+    "apo_zero": ("beta",),
+    "simpo": ("beta", "gamma_beta_ratio"),
+    "orpo": ("beta",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+}
+# Those that compare the policy with nothing but itself.
+REFERENCE_FREE = ("simpo", "orpo")
+# Those that learn from single responses, each good or bad, rather than from pairs.
+UNPAIRED = ("kto",)
 # Their figures stand in pipeline/accelerators.py.
 ACCELERATORS = ("a100", "h100", "h200", "l40s", "rtx4090", "mi300x")
 
@@ -87,6 +104,7 @@ class ColumnsConfig:
     responses: str | None = plain()
     ranks: str | None = plain()
     margin: str | None = plain()
+    label: str | None = plain()
     messages: str | None = plain()
     instruction: str | None = plain()
     input: str | None = plain()
@@ -278,10 +296,19 @@ class SweepConfig:
 
 @dataclass
 class PipelineConfig:
-    """A chain of stages, by name, in the order they run."""
+    """A chain of stages, by name, in the order they run; `compose/rounds.py` repeats those of `round`.
+
+    A pipeline without rounds says nothing of them, so the defaults of these keys stand here.
+    """
 
     name: str = plain()
     order: list[str] = plain()
+    round: list[str] = field(default_factory=list)
+    rounds: int = field(default=1, metadata={"min": 1, "max": 100})
+    start: str = BASE
+    from_round: dict[str, int] = field(default_factory=dict)
+    # Round -> stage -> keys; the round is a number in YAML and a text on the command line.
+    round_overrides: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -477,11 +504,22 @@ class RMConfig(TrainingConfig):
 
 @dataclass
 class DPOConfig(TrainingConfig, SamplingConfig):
-    """Direct preference optimization."""
+    """Direct preference optimization and its kin."""
 
     policy: str = plain(in_key=False)
-    reference: str = plain(in_key=False)
-    beta: float = number(above=0)
+    # Read by every loss but those of REFERENCE_FREE.
+    reference: str | None = plain(in_key=False)
+    loss: str = choice(*PREFERENCE_LOSSES)
+    # Each of these is null where the loss does not read it.
+    beta: float | None = number(above=0)
+    label_smoothing: float | None = number(minimum=0, maximum=0.49)
+    gamma_beta_ratio: float | None = number(minimum=0)
+    desirable_weight: float | None = number(above=0)
+    undesirable_weight: float | None = number(above=0)
+    # Loss -> what conf/stage/dpo.yaml gives the five keys above.
+    usual: dict[str, Any] = plain(in_key=False)
+    sft_coef: float = number(minimum=0)
+    pairs: str = choice("all", "best_worst")
     num_samples: int = number(minimum=0)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
@@ -495,7 +533,15 @@ class RSConfig(TrainingConfig, SamplingConfig):
     reward: RewardConfig = field(default_factory=RewardConfig)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
+    pool: list[str] = plain(in_key=False)
     num_samples: int = number(minimum=2)
+    select: str = choice("best", "top_k", "threshold", "rso")
+    top_k: int = number(minimum=1)
+    threshold: float = number()
+    rso_beta: float = number(above=0)
+    num_accepted: int = number(minimum=1)
+    min_response_length: int = number(minimum=0)
+    min_reward: float | None = number()
     replay: float = number(minimum=0, maximum=0.9)
     monitor: StageMonitorConfig = field(default_factory=_root_monitor)
 
@@ -557,6 +603,7 @@ class CollectConfig(SamplingConfig):
     """Sample several responses a prompt and have them ranked."""
 
     policy: str = plain(in_key=False)
+    previous: str | None = plain(in_key=False)
     num_prompts: int | None = number(minimum=1)
     num_samples: int = number(minimum=2, maximum=9)
     judge: str = choice(TOY)
@@ -632,6 +679,13 @@ def num_steps(config: TrainingConfig, num_rows: int) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
+def num_selected(config: RSConfig) -> int:
+    """Responses of a prompt that rejection sampling learns, as far as that is known before it samples."""
+    # Half of them reach the median.
+    known = {"top_k": config.top_k, "threshold": -(-config.num_samples // 2), "rso": config.num_accepted}
+    return known.get(config.select, 1)
+
+
 def num_ppo_steps(config: PPOConfig) -> int:
     """Optimizer updates of the policy in a whole PPO stage."""
     return config.num_rollouts * config.updates_per_rollout
@@ -655,197 +709,6 @@ def register() -> None:
         store.store(group="schema", name=name, node=node)
 
 
-def problems(config: Any, path: str = "") -> Iterator[str]:
-    """Every value out of its bounds, as `key: what is wrong`."""
-    for spec in fields(config):
-        value = getattr(config, spec.name)
-        key = f"{path}.{spec.name}" if path else spec.name
-        if is_dataclass(value):
-            yield from problems(value, key)
-        elif isinstance(value, dict) and value and all(is_dataclass(item) for item in value.values()):
-            for name, item in value.items():
-                yield from problems(item, f"{key}.{name}")
-        elif (complaint := _complaint(value, dict(spec.metadata))) is not None:
-            yield f"{key}: {complaint}"
-    yield from _relations(config, path)
-
-
-def _complaint(value: Any, rule: dict[str, Any]) -> str | None:
-    if value is None:
-        return None
-    if "options" in rule and value not in rule["options"]:
-        return f"there is no {value!r} here. {did_you_mean(str(value), rule['options'])}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not math.isfinite(value):
-        return f"must be a finite number, got {value}"
-    if rule.get("above") is not None and value <= rule["above"]:
-        return f"must be more than {rule['above']}, got {value}"
-    if rule.get("min") is not None and value < rule["min"]:
-        return f"must be at least {rule['min']}, got {value}"
-    if rule.get("max") is not None and value > rule["max"]:
-        return f"must be at most {rule['max']}, got {value}"
-    return None
-
-
-def _relations(config: Any, path: str) -> Iterator[str]:
-    """Checks between two keys of one section."""
-    at = f"{path}." if path else ""
-    if isinstance(config, SharesConfig):
-        total = config.sft + config.preference + config.rl + config.eval
-        if not math.isclose(total, 1.0, abs_tol=1e-6):
-            yield f"{path}: the four fractions must add up to 1, they make {total:g}"
-    if isinstance(config, GuidelineConfig) and config.helpful + config.truthful + config.harmless <= 0:
-        yield f"{path}: at least one weight must be above 0"
-    if isinstance(config, OptimizerConfig) and config.batch_size % min(
-        config.micro_batch_size, config.batch_size
-    ):
-        near = _nearest_multiples(config.batch_size, config.micro_batch_size)
-        yield (
-            f"{at}batch_size: {config.batch_size} is no multiple of micro_batch_size "
-            f"{config.micro_batch_size}; nearest: {near}"
-        )
-    if isinstance(config, MonitorConfig) and config.action == "restore" and config.judge == "none":
-        yield f"{at}action: restore goes back to what a judge liked best; give {at}judge, or take stop"
-    yield from _row_relations(config, at)
-    if isinstance(config, LaunchConfig):
-        yield from _launch_relations(config, at)
-    if isinstance(config, RSConfig | PPOConfig | EvalConfig):
-        yield from _reward_relations(config, at)
-    if isinstance(config, RMConfig):
-        yield from _rm_relations(config, at)
-    if isinstance(config, PPOConfig):
-        yield from _ppo_relations(config, at)
-
-
-def _rm_relations(config: RMConfig, at: str) -> Iterator[str]:
-    if config.loss == "plackett_luce":
-        # A pair's margin, label and tie mean nothing to the likelihood of a whole order.
-        for key, plain_value in (("margin", "none"), ("label_smoothing", 0), ("ties", "drop")):
-            if getattr(config, key) != plain_value:
-                yield f"{at}{key}: is of pairs; loss=plackett_luce has none, so set {key}={plain_value} or loss=kwise"
-
-
-def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
-    if config.rollout_size * config.num_samples % config.batch_size:
-        yield (
-            f"{at}rollout_size: {config.rollout_size} prompts x {config.num_samples} samples "
-            f"must be a multiple of batch_size {config.batch_size}"
-        )
-    if config.advantage in ("rloo", "grpo") and config.num_samples < 2:
-        yield (
-            f"{at}num_samples: {config.advantage} compares the responses to one prompt, so it needs at least 2, "
-            f"got {config.num_samples}"
-        )
-    if config.kl_in == "loss" and config.kl_estimator == "k1":
-        yield (
-            f"{at}kl_estimator: the gradient of k1 as a loss is zero on average; take k2 (that of k1 in the reward) or "
-            f"k3, or {at}kl_in=reward"
-        )
-    if config.value_pretrain_rollouts > 0 and not config.has_value_model:
-        yield f"{at}value_pretrain_rollouts: advantage={config.advantage} has no value model; set it to 0"
-    if config.ema_decay is not None and config.monitor.action == "restore":
-        yield (
-            f"{at}ema_decay: monitor.action=restore hands on weights that a judge saw, not an average; "
-            f"set {at}ema_decay=null or take monitor.action=stop"
-        )
-    if config.value_pretrain_rollouts >= config.num_rollouts:
-        yield (
-            f"{at}value_pretrain_rollouts: {config.value_pretrain_rollouts} of num_rollouts {config.num_rollouts} "
-            f"leave none for the policy; lower it"
-        )
-
-
-def _row_relations(config: Any, at: str) -> Iterator[str]:
-    """Checks of what is trained on."""
-    if isinstance(config, DataConfig):
-        for name, weight in config.mixture.items():
-            if not (math.isfinite(weight) and weight > 0):
-                yield f"{at}mixture.{name}: the weight must be a number above 0, got {weight}; leave it out instead"
-    if isinstance(config, SFTConfig):
-        yield from _sft_relations(config, at)
-    if isinstance(config, SelectionConfig):
-        yield from _selection_relations(config, at)
-
-
-def _sft_relations(config: SFTConfig, at: str) -> Iterator[str]:
-    wants = {"select_epoch": config.select_epoch, "selection.method": config.selection.method}
-    for key, word in wants.items():
-        if word == "reward" and config.reward_model is None:
-            yield (
-                f"{at}reward_model: {key}=reward needs one; name it: {at}reward_model=latest/rm (the newest one), "
-                f"RUN/rm or a folder"
-            )
-    if config.select_epoch != "last" and config.eval_rows == 0:
-        yield f"{at}eval_rows: select_epoch={config.select_epoch} looks at held-out rows; give it some"
-
-
-def _selection_relations(config: SelectionConfig, at: str) -> Iterator[str]:
-    for script in config.scripts:
-        if script not in SCRIPTS:
-            yield f"{at}scripts: there is no script {script!r} here. {did_you_mean(script, SCRIPTS)}"
-    if config.keep < 1 and not config.ranks:
-        yield f"{at}keep: {config.keep:g} of the rows, chosen by what? Set {at}method or {at}diversity"
-    if (config.min_tokens or 0) > (config.max_tokens or math.inf):
-        yield f"{at}min_tokens: {config.min_tokens} is more than max_tokens {config.max_tokens}"
-
-
-def _reward_relations(config: "RSConfig | PPOConfig | EvalConfig", at: str) -> Iterator[str]:
-    reward, weights = config.reward, reward_weights(config)
-    for name, weight in reward.models.items():
-        if not math.isfinite(weight):
-            yield f"{at}reward.models.{name}: must be a finite number, got {weight}"
-    if not has_reward(config) and (not isinstance(config, EvalConfig) or reward.gate.model is not None):
-        yield (
-            f"{at}reward_model: is null and nothing stands in its place; name a reward model, "
-            f"or {at}reward.function=FILE.py:NAME"
-        )
-    elif isinstance(config, PPOConfig) and config.reward_model is None and config.has_value_model:
-        yield (
-            f"{at}reward_model: is null, but the value model of advantage=gae starts from it; take {at}advantage=rloo "
-            f"(or grpo, reinforce_pp), or name one, with {at}reward.models.NAME=0 where it shall not count"
-        )
-    # Of one reward model the heads are the members that mean_minus_std hears.
-    members = 1 if reward.ensemble == "mean_minus_std" else 2
-    if reward.ensemble != "sum" and (len(weights) < members or min(weights.values()) <= 0):
-        yield (
-            f"{at}reward.ensemble: {reward.ensemble} needs two reward models or more, each with a weight above 0, "
-            f"got {weights or 'none'}; name them in {at}reward.models"
-        )
-
-
-def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:
-    processes = config.num_processes
-    if config.strategy == "single" and (config.num_machines > 1 or (processes or 1) > 1):
-        yield f"{at}num_processes: launch=single is one process; take launch=ddp or launch=fsdp2 for {processes}"
-    if processes is not None and processes % config.num_machines:
-        near = _nearest_multiples(processes, config.num_machines)
-        yield (
-            f"{at}num_processes: {processes} over all machines is no multiple of num_machines "
-            f"{config.num_machines}; nearest: {near}"
-        )
-    if config.num_machines > 1 and processes is None:
-        yield f"{at}num_processes: say how many, over all {config.num_machines} machines"
-    if config.num_machines > 1 and config.rendezvous is None:
-        yield f"{at}rendezvous: {config.num_machines} machines need HOST:PORT of the first one"
-    if config.machine_rank >= config.num_machines:
-        yield (
-            f"{at}machine_rank: {config.machine_rank} must be below num_machines {config.num_machines}; the first is 0"
-        )
-    if config.optimizer_offload and config.strategy in SHARDED:
-        yield (
-            f"{at}optimizer_offload: {config.strategy} cuts the moments over the processes already; "
-            f"leave one of the two out"
-        )
-    if config.device == "mps" and (processes or 1) > 1:
-        yield f"{at}num_processes: mps is one device, got {processes}"
-
-
-def _nearest_multiples(value: int, step: int) -> str:
-    below, above = value // step * step, (value // step + 1) * step
-    return f"{below} or {above}" if below else str(above)
-
-
 def semantic(config: Any) -> dict[str, Any]:
     """The part of a stage's configuration that decides its result, as plain values."""
     result: dict[str, Any] = {}
@@ -854,14 +717,3 @@ def semantic(config: Any) -> dict[str, Any]:
             value = getattr(config, spec.name)
             result[spec.name] = semantic(value) if is_dataclass(value) else value
     return result
-
-
-def check(config: Config) -> None:
-    """Raise one error with every problem found.
-
-    Raises:
-        ConfigError: some value is out of its bounds; at most 20 are named.
-    """
-    found = list(problems(config))
-    if found:
-        raise ConfigError("; ".join(found[:20]))

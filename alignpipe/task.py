@@ -21,7 +21,7 @@ STUCK = "stuck"
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The weights of one role.
+    """The weights of one role, or the stage whose rows are read.
 
     Attributes:
         name: how the configuration calls it: `base`, a stage, a folder, a hub id.

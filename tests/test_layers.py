@@ -7,10 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alignpipe"
 # What everybody may use: words, errors, what a stage is told and what it leaves behind.
-BASE = {"config", "errors", "artifact", "task", "signals", "objective", "gates"}
+BASE = {"config", "errors", "artifact", "task", "signals", "objective", "gates", "checks"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    "checks": {"config", "errors"},
     "artifact": {"errors"},
     "signals": {"errors"},
     "objective": {"config", "errors"},
@@ -41,6 +42,7 @@ SLOW = {"torch", "transformers", "accelerate", "safetensors"}
 QUICK = (
     "errors",
     "config",
+    "checks",
     "artifact",
     "signals",
     "objective",

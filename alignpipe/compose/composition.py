@@ -21,11 +21,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from alignpipe.compose import explain, words, yaml_files
+from alignpipe.checks import problems
+from alignpipe.compose import explain, rounds, words, yaml_files
 from alignpipe.compose.command_line import CONFIG_NAME, Line, read_line
 from alignpipe.compose.guards import check_values, check_words, hide_secrets
 from alignpipe.compose.strict import check_keys, own_problems
-from alignpipe.config import Config, problems, register
+from alignpipe.config import Config, register
 from alignpipe.errors import ConfigError
 from alignpipe.gates import find_gates
 from alignpipe.objective import check_objective
@@ -38,8 +39,9 @@ class Composed:
     """A configuration that passed every check that needs no data and no model.
 
     Attributes:
-        config: the values.
-        yaml: the same before interpolations are resolved, so that no environment variable stands in it.
+        config: the values, rounds unrolled.
+        yaml: the same before interpolations are resolved, so that no environment variable stands in it, and before
+            rounds are unrolled, so that every word still reaches all of them.
         overrides: the words as Hydra was given them.
         choices: group (`stage@stages.rm`) -> option.
     """
@@ -144,7 +146,18 @@ def prepare(line: Line) -> list[str]:
             )
         if "~pipeline" not in keys:
             rewritten.append("~pipeline")
-    return rewritten
+    return rounds.rewrite_rounds(rewritten, lambda: _repeated(rewritten, line.config_name))
+
+
+def _repeated(overrides: list[str], config_name: str) -> list[str]:
+    """Names of the stages that the pipeline of some words repeats; none where they do not compose."""
+    chosen = [word for word in overrides if re.match(r"(pipeline|pipeline\.round|experiment)=", word)]
+    try:
+        with _session():
+            raw = hydra.compose(config_name, chosen)
+    except TASK_ERRORS:
+        return []
+    return [] if raw.get("pipeline") is None else list(raw.pipeline.round)
 
 
 def compose(argv: list[str]) -> Composed:
@@ -226,9 +239,17 @@ def checked(raw: DictConfig, overrides: list[str], choices: dict[str, str]) -> C
             "the first file composed must begin with `defaults: [schema/config@_here_, ..., _self_]`"
         )
     check_keys(raw, overrides, groups())
+    # From here on `oc.select` may look for a key that is not there.
+    OmegaConf.set_struct(raw, False)
     config: Any = OmegaConf.to_object(raw)
+    # Once as the user wrote it, so that a bad value is named once, and once with what single rounds change in it.
     _check_whole(config)
-    return Composed(config, OmegaConf.to_yaml(raw), overrides, choices)
+    unrolled = rounds.unroll(config)
+    if unrolled is not config:
+        _check_whole(unrolled)
+    check_objective(unrolled)
+    find_gates(unrolled)
+    return Composed(unrolled, OmegaConf.to_yaml(raw), overrides, choices)
 
 
 def _check_whole(config: Config) -> None:
@@ -237,8 +258,6 @@ def _check_whole(config: Config) -> None:
             "there is nothing to run: name a stage (stage=sft) or a pipeline (pipeline=llama2_style)"
         )
     check_values(config, built_in_folder(), UserFolder.folder)
-    check_objective(config)
-    find_gates(config)
     found = list(own_problems(problems(config)))
     if found:
         raise ConfigError("; ".join(found[:20]))

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.compose.yaml_files import CODE_KEYS, key_lines
-from alignpipe.config import KINDS, Config, StageConfig
+from alignpipe.config import BASE, KINDS, LATEST, NEWEST, Config, StageConfig
 from alignpipe.errors import ConfigError, MachineError, did_you_mean
 
+PIPELINES = (
+    "llama2_style",
+    "instructgpt_style",
+    "zephyr_style",
+    "from_scratch",
+    "llama2_rounds",
+    "online_dpo",
+)
 TRACKERS = ("tensorboard", "wandb")
 # Word that needs a plugin of Hydra's -> the plugin, and our extra that brings it.
 _PLUGINS = {
@@ -49,7 +57,7 @@ def check_words(words: list[str]) -> None:
                 f"{key}: refused, no configuration names code to run; a stage is chosen by its kind"
             )
         if not equals and not key.startswith("~"):
-            known = {*KINDS, "llama2_style", "instructgpt_style", "zephyr_style", "from_scratch"}
+            known = {*KINDS, *PIPELINES}
             group = "stage" if key in KINDS else "pipeline"
             hint = f"Did you mean {group}={key}?" if key in known else "For example seed=1."
             raise ConfigError(f"{word!r} is no word of the form key=value. {hint}")
@@ -135,8 +143,8 @@ def _names(config: Config) -> Iterator[str]:
         if tracker not in TRACKERS:
             yield f"trackers: there is no {tracker!r}. {did_you_mean(tracker, TRACKERS)}"
     for stage in config.stages:
-        if not _RUN_NAME.fullmatch(stage) or stage in ("base", "latest"):
-            yield f"stages.{stage}: {stage!r} names no stage; use letters, digits, . _ -, not base or latest"
+        if not _RUN_NAME.fullmatch(stage) or stage in (BASE, LATEST, NEWEST):
+            yield f"stages.{stage}: {stage!r} names no stage; use letters, digits, . _ -, not base, latest, newest"
 
 
 def _empty_paths(config: Config) -> Iterator[str]:

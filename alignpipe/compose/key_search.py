@@ -1,5 +1,6 @@
 """`alignpipe config search`: a word -> the keys that hold it, each with value, meaning and file."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,9 @@ def _family(folder: Path, option: str) -> list[Path]:
 
 def _origin(key: str, origins: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """A stage's `data` has the meaning of the root's, and stands in its file."""
+    if key not in origins:
+        # A copy that rounds made is written down where the stage is that they repeat.
+        key = re.sub(r"^(stages\.[^.]+)_\d+\.", r"\1.", key)
     if key in origins and origins[key][0]:
         return origins[key]
     for section in (".data.", ".demonstrations.", ".ptx_data."):

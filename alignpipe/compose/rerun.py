@@ -6,14 +6,16 @@
 from omegaconf import OmegaConf
 
 from alignpipe.compose.composition import Composed, built_in_folder
-from alignpipe.compose.guards import named_stages
 
 
 def rerun_yaml(composed: Composed) -> str:
     """The text of the file: every value, interpolations alive, so that `seed=1` still reaches every stage."""
     built_in = OmegaConf.to_container(OmegaConf.load(built_in_folder() / "config.yaml"))
     assert isinstance(built_in, dict)
-    typed = [f"/schema/{stage.kind}@{at}" for at, stage in named_stages(composed.config).items()]
+    made = OmegaConf.create(composed.yaml)
+    stages = {"stage": made.stage} if made.stage is not None else {}
+    stages |= {f"stages.{name}": stage for name, stage in made.stages.items()}
+    typed = [f"/schema/{stage.kind}@{at}" for at, stage in stages.items()]
     quiet = [item for item in built_in["defaults"] if str(item).startswith("{'override ")]
     head = {"defaults": ["schema/config@_here_", *typed, *quiet, "_self_"], "hydra": built_in["hydra"]}
     return OmegaConf.to_yaml(OmegaConf.create(head)) + composed.yaml

@@ -22,9 +22,11 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
 }
 _STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data|ptx_data)")
 # Sections whose keys are the user's own: Hydra wants a sign that they are new.
-_OPEN = re.compile(r"(gates|(.*\.)?reward\.models)(\..+)?|(.*\.)?mixture")
+_OPEN = re.compile(
+    r"(gates|pipeline\.(from_round|round_overrides)|(.*\.)?reward\.models)(\..+)?|(.*\.)?mixture"
+)
 _TAKES_PATH = re.compile(
-    r"(.*\.)?(path|policy|reference|reward_model|selection_model|win_rate_against|templates|function|gate\.model|"
+    r"(.*\.)?(path|policy|previous|reference|reward_model|selection_model|win_rate_against|templates|function|gate\.model|"
     r"chat_template|output_dir)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

@@ -9,7 +9,16 @@ from typing import TypedDict
 from rich.console import Console
 
 from alignpipe.config import TOY, DataConfig
-from alignpipe.data.records import Demonstration, Ranking, Record, RecordType, Text, content_text, prompt_text
+from alignpipe.data.records import (
+    Demonstration,
+    Ranking,
+    Record,
+    RecordType,
+    Text,
+    Unpaired,
+    content_text,
+    prompt_text,
+)
 from alignpipe.data.shares import share_of
 from alignpipe.data.sources import (
     DataSource,
@@ -27,6 +36,7 @@ from alignpipe.data.tokenizer import Tokenizer
 # Record type -> the stages it suits, in the order of a pipeline. The first that a data set can serve is read.
 STAGES: dict[RecordType, tuple[str, ...]] = {
     "rankings": ("rm", "dpo"),
+    "unpaired": ("dpo with loss=kto",),
     "demonstrations": ("sft",),
     "text": ("sft",),
     "prompts": ("collect", "rs", "ppo", "eval"),
@@ -154,6 +164,8 @@ def texts_of(record: Record) -> list[str]:
     if isinstance(record, Text):
         return [record.text]
     answers = record.responses if isinstance(record, Ranking) else ()
+    if isinstance(record, Unpaired):
+        answers = (record.response,)
     messages = record.messages if isinstance(record, Demonstration) else record.prompt
     return [*map(content_text, messages), *answers]
 
@@ -225,6 +237,9 @@ def _length(record: Record, tokenizer: Tokenizer | None) -> int:
     if isinstance(record, Ranking):
         prompt, responses = tokenizer.encode_responses(record.prompt, record.responses)
         return len(prompt) + max(map(len, responses))
+    if isinstance(record, Unpaired):
+        prompt, responses = tokenizer.encode_responses(record.prompt, (record.response,))
+        return len(prompt) + len(responses[0])
     return len(tokenizer.encode_prompt(record.messages))
 
 

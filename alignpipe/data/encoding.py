@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from alignpipe.data.records import Degree, Demonstration, Prompt, Ranking, Record, Text, messages_text
+from alignpipe.data.records import (
+    Degree,
+    Demonstration,
+    Prompt,
+    Ranking,
+    Record,
+    Text,
+    Unpaired,
+    messages_text,
+)
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 
@@ -172,6 +181,36 @@ def encode_rankings(
         examples = tuple(_example(prompt, responses[index]) for index in chosen)
         gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
         return _Fit(RankedExample(examples, ranks, gold, len(prompt), record.margin), length)
+
+    return _encode(records, fit, "max_length", max_length, on_overflow)
+
+
+def encode_unpaired(
+    records: Sequence[Unpaired], tokenizer: Tokenizer, max_length: int, on_overflow: str
+) -> Encoded[RankedExample]:
+    """Encodes responses that stand alone: rankings of one, with rank 1 if it is good and 2 if it is bad.
+
+    Args:
+        records: The responses.
+        tokenizer: With the template they are written in.
+        max_length: Tokens an example may have, at least 2.
+        on_overflow: As in `encode_rankings`.
+
+    Raises:
+        DataError: One is over the length and that is an error, or none is left.
+    """
+
+    def fit(record: Unpaired) -> _Fit[RankedExample]:
+        prompt, responses = tokenizer.encode_responses(record.prompt, (record.response,))
+        length = len(prompt) + len(responses[0])
+        if length > max_length:
+            if on_overflow != "cut":
+                return _Fit(None, length)
+            start, end = _cut_prompt(prompt, length - max_length, tokenizer)
+            prompt = [*prompt[:start], *prompt[end:]]
+        example = _example(prompt, responses[0][: max_length - len(prompt)])
+        rank = 1.0 if record.desirable else 2.0
+        return _Fit(RankedExample((example,), (rank,), None, len(prompt)), length)
 
     return _encode(records, fit, "max_length", max_length, on_overflow)
 

@@ -11,7 +11,16 @@ from typing import Any
 from alignpipe.config import ColumnsConfig
 from alignpipe.data.dialogue import HH_MARK, RowFault, check_turns, messages_of, prompt_of, text_of
 from alignpipe.data.preferences import read_pair, read_ranked
-from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Record, RecordType, Text
+from alignpipe.data.records import (
+    Demonstration,
+    Message,
+    Prompt,
+    Ranking,
+    Record,
+    RecordType,
+    Text,
+    Unpaired,
+)
 from alignpipe.errors import DataError, nearest
 
 # Field -> the names that columns usually have for it, tried in order.
@@ -23,6 +32,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "responses": ("responses", "completions"),
     "ranks": ("ranks",),
     "margin": ("margin",),
+    "label": ("label",),
     "messages": ("messages", "conversations", "conversation"),
     "instruction": ("instruction",),
     "input": ("input",),
@@ -38,6 +48,7 @@ _RANKED_PROMPT = (*FIELDS["prompt"], "context")
 NEEDS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "ranked": ("prompt", "responses"),
+    "unpaired": ("prompt", "response", "label"),
     "messages": ("messages",),
     "sharegpt": ("messages",),
     "alpaca": ("instruction", "response"),
@@ -49,6 +60,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 TYPES: dict[str, frozenset[RecordType]] = {
     "preference": frozenset({"rankings", "prompts", "demonstrations"}),
     "ranked": frozenset({"rankings", "prompts", "demonstrations"}),
+    "unpaired": frozenset({"unpaired", "prompts"}),
     "messages": frozenset({"demonstrations", "prompts"}),
     "sharegpt": frozenset({"demonstrations", "prompts"}),
     "alpaca": frozenset({"demonstrations", "prompts"}),
@@ -100,6 +112,9 @@ def find_layout(first: Mapping[str, Any], wanted: str, config: ColumnsConfig, at
     ):
         found["prompt"] = context
     if wanted == "auto":
+        # A column of that name often says something else; true and false it says of a response alone.
+        if "label" in found and named["label"] is None and not isinstance(first[found["label"]], bool):
+            del found["label"]
         fitting = [name for name, needs in NEEDS.items() if all(field in found for field in needs)]
         if not fitting:
             raise DataError(f"{at}: no known layout. {_have(first)}; {_needs(found)}")
@@ -232,9 +247,23 @@ def _read_ranked(values: Mapping[str, Any], columns: Mapping[str, str]) -> Recor
     return replace(record, prompt=_with_system(record.prompt, values, columns))
 
 
+def _read_unpaired(values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
+    value, said = values.get(columns["label"]), columns["label"]
+    words = {"true": True, "1": True, "false": False, "0": False}
+    desirable = value if isinstance(value, bool) else words.get(str(value).strip().lower())
+    if desirable is None:
+        raise RowFault(f"{said} is {str(value)[:20]!r}, expected true or false")
+    read = _read_completion(values, columns)
+    if isinstance(read, Prompt):
+        raise RowFault(f"{columns['response']} ends with the user, expected the assistant")
+    assert isinstance(read, Demonstration)
+    return Unpaired(read.prompt, read.response, desirable)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str]], Record]] = {
     "preference": _read_pair,
     "ranked": _read_ranked,
+    "unpaired": _read_unpaired,
     "messages": _read_messages,
     "sharegpt": _read_messages,
     "alpaca": _read_alpaca,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Degree = Literal["significantly", "better", "slightly", "negligibly"]
-RecordType = Literal["demonstrations", "rankings", "prompts", "text"]
-RECORD_TYPES: tuple[RecordType, ...] = ("demonstrations", "rankings", "prompts", "text")
+RecordType = Literal["demonstrations", "rankings", "unpaired", "prompts", "text"]
+RECORD_TYPES: tuple[RecordType, ...] = ("demonstrations", "rankings", "unpaired", "prompts", "text")
 ROLES = ("system", "user", "assistant")
 # InstructGPT's labelers ranked 4 to 9 responses (arXiv:2203.02155, 3.5); a pair is the smallest ranking.
 MIN_RESPONSES, MAX_RESPONSES = 2, 9
@@ -73,6 +73,21 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A response that is good or bad by itself.
+
+    Attributes:
+        prompt: Messages up to the response.
+        response: The text.
+        desirable: Whether it is good.
+    """
+
+    prompt: tuple[Message, ...]
+    response: str
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A conversation that waits for the assistant's response."""
 
@@ -91,7 +106,7 @@ class Text:
     text: str
 
 
-Record = Demonstration | Ranking | Prompt | Text
+Record = Demonstration | Ranking | Unpaired | Prompt | Text
 
 
 def messages_text(messages: tuple[Message, ...]) -> str:

@@ -259,7 +259,8 @@ def readable_types(source: DataSource) -> frozenset[RecordType]:
         DataError: As in `layout_of`.
     """
     parts = parts_of(source)
-    types = [frozenset(RECORD_TYPES) if one.kind == TOY else TYPES[layout_of(one).format] for one in parts]
+    world = frozenset(RECORD_TYPES) - {"unpaired"}
+    types = [world if one.kind == TOY else TYPES[layout_of(one).format] for one in parts]
     return frozenset.intersection(*types)
 
 

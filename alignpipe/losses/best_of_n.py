@@ -26,6 +26,24 @@ def best_of_n(scores: Tensor, gold: Tensor | None = None) -> Tensor:
     return ordered @ _weights(scores.shape[1]).to(ordered.device).T
 
 
+def best_of_n_able(scores: Tensor, able: Tensor) -> Tensor:
+    """Mean score of the response that best-of-n chooses where it can choose, for n = 1 to N.
+
+    Responses that must not be chosen take part in the draw and never win. The mean is over all prompts and subsets of
+    n samples that hold one that may be chosen: (sum of their best) / (number of them).
+
+    Args:
+        scores: (P, N).
+        able: (P, N) bool; at least one is true.
+
+    Returns:
+        (N,) float64: the first is the mean of all that are able, the last the mean of each prompt's best.
+    """
+    ordered = scores.double().masked_fill(~able, -math.inf)
+    best = best_of_n(ordered, scores.double() * able)
+    return best.sum(0) / best_of_n(ordered, able.double()).sum(0)
+
+
 def best_of_n_kl(num_samples: int) -> Tensor:
     """KL(best-of-n || policy) <= ln n - (n - 1) / n for n = 1 to `num_samples`, (N,) float64, nats.
 

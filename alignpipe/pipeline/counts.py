@@ -6,11 +6,12 @@ node -> records of its share -> a sample of them encoded -> rows used, warnings
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from alignpipe.config import (
     TINY,
+    UNPAIRED,
     CollectConfig,
     Config,
     DPOConfig,
@@ -20,7 +21,9 @@ from alignpipe.config import (
     RSConfig,
     SelectionConfig,
     SFTConfig,
+    num_selected,
 )
+from alignpipe.data.comparisons import ranked_pairs
 from alignpipe.data.encoding import (
     Encoded,
     Example,
@@ -29,15 +32,16 @@ from alignpipe.data.encoding import (
     encode_prompts,
     encode_rankings,
     encode_texts,
+    encode_unpaired,
 )
 from alignpipe.data.margins import check_margins
 from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.selection import refusals
-from alignpipe.data.sources import MIXTURE, DataSource, read_parts, readable_types
+from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError, DataError
-from alignpipe.pipeline.graph import WANTED, Graph, Node
+from alignpipe.pipeline.graph import Graph, Node, wanted
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.references import DataRef
 
@@ -50,7 +54,7 @@ class Rows:
     """What a stage has to work on.
 
     Attributes:
-        used: rows it trains on or samples from, pairs for dpo; None where an earlier stage decides.
+        used: rows it trains on or samples from, pairs or labels for dpo; None where an earlier stage decides.
         warnings: one sentence each.
         longest: tokens of the longest row looked at, of the longest prompt where the stage samples; None if unread.
         shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
@@ -176,7 +180,7 @@ def _wanted(node: Node, source: DataSource) -> RecordType:
     if source.config.format == "text":
         return "text"
     types = readable_types(source)
-    return next(want for want in WANTED[node.kind] if want in types)
+    return next(want for want in wanted(node.config) if want in types)
 
 
 def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[Sequence[Any], int, str]:
@@ -198,6 +202,9 @@ def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[
         limit = f"max_length={config.max_length}"
     elif want == "rankings":
         done = encode_rankings(records, tokenizer, config.max_length, policy)
+        limit = f"max_length={config.max_length}"
+    elif want == "unpaired":
+        done = encode_unpaired(records, tokenizer, config.max_length, policy)
         limit = f"max_length={config.max_length}"
     else:
         done = encode_prompts(records, tokenizer, config.max_prompt_length, policy)
@@ -226,12 +233,18 @@ def _fate(ref: DataRef) -> str:
 
 
 def _units(want: RecordType, records: Sequence[Record], node: Node) -> int:
-    """Training rows that some records make: dpo counts pairs, the others records."""
-    if node.kind != "dpo":
+    """Training rows that some records make: dpo counts what it compares, the others records."""
+    if not isinstance(node.config, DPOConfig) or want != "rankings":
         return len(records)
-    return sum(
-        a != b for record in records if isinstance(record, Ranking) for a, b in combinations(record.ranks, 2)
-    )
+    return sum(_compared(record.ranks, node.config) for record in records if isinstance(record, Ranking))
+
+
+def _compared(ranks: Sequence[float], config: DPOConfig) -> int:
+    """Pairs of one ranking, or its responses once as winner and once as loser."""
+    pairs = ranked_pairs(ranks, config.pairs)
+    if config.loss not in UNPAIRED:
+        return len(pairs)
+    return len({won for won, _ in pairs}) + len({lost for _, lost in pairs})
 
 
 def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) -> Rows:
@@ -240,9 +253,10 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     asked = count_rows(stage, graph, config, chat_template)
     if asked.used is None or asked.longest is None or not isinstance(stage.config, CollectConfig):
         return Rows()
-    kept = math.floor(asked.used * (1 - node.config.data.shares.eval))
+    rankings = asked.used + _carried(stage, graph, config, chat_template)
+    kept = math.floor(rankings * (1 - node.config.data.shares.eval))
     if isinstance(node.config, DPOConfig):
-        kept *= math.comb(stage.config.num_samples, 2)
+        kept *= _compared(range(stage.config.num_samples), node.config)
     more = stage.config.max_response_length
     return Rows(
         kept,
@@ -253,11 +267,25 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     )
 
 
+def _carried(stage: Node, graph: Graph, config: Config, chat_template: str) -> int:
+    """Rankings that a collect stage takes over from those before it."""
+    ref = stage.models.get("previous")
+    if ref is None:
+        return 0
+    if ref.stage is None:
+        return (Path(ref.path) / RANKINGS).read_bytes().count(b"\n")
+    before = graph.nodes[ref.stage]
+    own = count_rows(before, graph, config, chat_template).used or 0
+    return own + _carried(before, graph, config, chat_template)
+
+
 def _capped(node: Node, rows: int) -> int:
     """Rows after the stage's own limit."""
     if not isinstance(node.config, RSConfig | CollectConfig | EvalConfig):
         return rows
     limit = node.config.num_prompts
     capped = rows if limit is None else min(rows, limit)
-    # rs trains on one response a prompt and on the demonstrations it replays.
-    return round(capped / (1 - node.config.replay)) if isinstance(node.config, RSConfig) else capped
+    if isinstance(node.config, RSConfig):
+        # It trains on what it chooses and on the demonstrations it replays.
+        return round(capped * num_selected(node.config) / (1 - node.config.replay))
+    return capped

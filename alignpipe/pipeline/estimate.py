@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.config import (
+    REFERENCE_FREE,
     TINY,
+    UNPAIRED,
     CollectConfig,
     Config,
     DPOConfig,
@@ -21,6 +23,7 @@ from alignpipe.config import (
     RSConfig,
     SamplingConfig,
     StageConfig,
+    num_selected,
     reward_models,
 )
 from alignpipe.data.tokenizer import Tokenizer
@@ -98,7 +101,7 @@ def shapes(node: Node, graph: Graph, config: Config) -> tuple[dict[str, Architec
     """The shape of every model of a stage by role, and a sentence for each that is not known exactly."""
     found: dict[str, Architecture] = {}
     notes: list[str] = []
-    for role, ref in node.models.items():
+    for role, ref in node.opened.items():
         shape, note = _shape(ref, graph, config)
         notes += [note] if note else []
         if shape is not None:
@@ -127,7 +130,7 @@ def estimate(
 ) -> Estimate | None:
     """What a stage will take; None where the shape of one of its models is not known."""
     if (
-        any(role not in models for role in node.models if not role.startswith("policy_"))
+        any(role not in models for role in node.opened if not role.startswith("policy_"))
         or "policy" not in models
     ):
         return None
@@ -188,15 +191,27 @@ def _learning_effort(
     if isinstance(config, RMConfig):
         return _read(shape, items * rows.responses * mean, mean, passes, head=False)
     if isinstance(config, DPOConfig):
-        # K responses make up to K (K - 1) / 2 pairs, and the reference reads each response once.
-        scored = used * 2 / max(1, rows.responses - 1)
-        return _read(shape, 2 * items * mean, mean, passes) + _read(shape, scored * mean, mean, 1)
+        return _dpo_effort(config, shape, mean, items, used / max(1, rows.responses - 1), passes)
     if isinstance(config, RSConfig):
-        prompts, total = used * (1 - config.replay), mean + config.max_response_length
+        prompts, total = used * (1 - config.replay) / num_selected(config), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
         scored = prompts * config.num_samples * total * len(reward_models(config))
         return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)
     return _read(shape, items * mean, mean, passes)
+
+
+def _dpo_effort(
+    config: DPOConfig, shape: Architecture, mean: float, items: int, half_responses: float, passes: int
+) -> Effort:
+    """K responses make up to K (K - 1) / 2 pairs, and a reference reads each response once.
+
+    KTO learns from one response an item, and reads one to another prompt beside it.
+    """
+    scored = 0.0 if config.loss in REFERENCE_FREE else 2 * half_responses * mean
+    if config.loss in UNPAIRED:
+        scored += items * mean
+        return _read(shape, items * mean, mean, passes) + _read(shape, scored, mean, 1)
+    return _read(shape, 2 * items * mean, mean, passes) + _read(shape, scored, mean, 1)
 
 
 def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:

@@ -17,10 +17,13 @@ from alignpipe.config import (
     BASE,
     JUDGES,
     LATEST,
+    REFERENCE_FREE,
     TINY,
     TOY,
+    UNPAIRED,
     Config,
     DataConfig,
+    DPOConfig,
     EvalConfig,
     PPOConfig,
     RMConfig,
@@ -52,13 +55,17 @@ from alignpipe.task import FunctionInput
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
     "sft": ("policy", "reward_model", "selection_model"),
-    "collect": ("policy",),
+    "collect": ("policy", "previous"),
     "rm": ("policy",),
     "rs": ("policy", "reward_model"),
     "ppo": ("policy", "reference", "reward_model"),
     "dpo": ("policy", "reference"),
     "eval": ("reference", "reward_model", "win_rate_against"),
 }
+# Key that lists several inputs, by kind -> their role.
+LISTS = {"eval": ("policies", "policy"), "rs": ("pool", "pool")}
+# Roles of which a stage reads rows, not weights, and the kind that makes them.
+ROWS = {"previous": "collect", "pool": "rs"}
 SHARE = {
     "sft": "sft",
     "collect": "preference",
@@ -85,6 +92,20 @@ TEXT_DATA = "text_data"
 TEMPLATES = "templates"
 
 
+def roles(config: StageConfig) -> tuple[str, ...]:
+    """The models that a stage reads; a loss without a reference opens none."""
+    if isinstance(config, DPOConfig) and config.loss in REFERENCE_FREE:
+        return ("policy",)
+    return ROLES[config.kind]
+
+
+def wanted(config: StageConfig) -> tuple[RecordType, ...]:
+    """The types of record that a stage reads, the one it wants first before the others."""
+    if isinstance(config, DPOConfig) and config.loss in UNPAIRED:
+        return (*WANTED[config.kind], "unpaired")
+    return WANTED[config.kind]
+
+
 def is_reward(role: str) -> bool:
     """Whether a role is a reward model's that a stage is trained on: `reward_model`, `reward_0`, ..."""
     return role.startswith("reward_")
@@ -102,7 +123,7 @@ class Node:
     Attributes:
         name: in the run.
         config: of the stage.
-        models: by role.
+        models: by role; those of a list are `policy_0`, `policy_1`, ...
         data: by role.
         functions: of the user's own, by role.
         in_order: False for a stage that is only read from the store.
@@ -123,6 +144,11 @@ class Node:
     def kind(self) -> str:
         """Kind of the stage."""
         return self.config.kind
+
+    @property
+    def opened(self) -> dict[str, ModelRef]:
+        """Those of its models whose weights the stage opens."""
+        return {role: ref for role, ref in self.models.items() if role.partition("_")[0] not in ROWS}
 
     @property
     def rewarded(self) -> bool:
@@ -236,17 +262,18 @@ class _Resolver:
     def _node(self, name: str, *, in_order: bool) -> Node:
         config = _with_whole_paths(self.stages[name])
         node = Node(name, config, in_order=in_order)
-        for role in ROLES[config.kind]:
+        for role in roles(config):
             label = getattr(config, role)
             if label is not None:
                 node.models[role] = self._model(name, role, label)
-        if isinstance(config, EvalConfig):
-            if not config.policies:
-                raise ConfigError(f"{self._key(name, 'policies')}: is empty; name at least one policy")
-            for index, label in enumerate(config.policies):
-                node.models[f"policy_{index}"] = self._model(name, "policies", label)
+        if isinstance(config, EvalConfig) and not config.policies:
+            raise ConfigError(f"{self._key(name, 'policies')}: is empty; name at least one policy")
+        if config.kind in LISTS:
+            several, role = LISTS[config.kind]
+            for index, label in enumerate(getattr(config, several)):
+                node.models[f"{role}_{index}"] = self._model(name, several, label)
         self._add_reward(node)
-        node.data["data"] = self._data(name, "data", config.data, WANTED[config.kind])
+        node.data["data"] = self._data(name, "data", config.data, wanted(config))
         self._add_second_data(node)
         self._add_benchmark(node)
         self._add_text(node)
@@ -311,6 +338,8 @@ class _Resolver:
         return ModelRef(label, kind=self.stages[label].kind, stage=label)
 
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
+        if role in ROWS:
+            return _of_rows(ref, role, key)
         scores = is_scorer(role)
         wanted = ("rm",) if scores else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
@@ -520,3 +549,12 @@ def _with_whole_paths(config: StageConfig) -> StageConfig:
 def _set_names(data: DataConfig) -> set[str]:
     """The data sets that a section names."""
     return set(data.mixture) or {data.path}
+
+
+def _of_rows(ref: ModelRef, role: str, key: str) -> ModelRef:
+    """Refuse what is not made by the kind of stage whose rows a role reads."""
+    if ref.kind == ROWS[role]:
+        return ref
+    raised = ConfigError if ref.stage is not None or ref.name == BASE else CheckpointError
+    made = "no stage" if ref.kind is None else f"a stage of kind {ref.kind}"
+    raise raised(f"{key}: {ref.name} is made by {made}; needed is one of kind {ROWS[role]}")

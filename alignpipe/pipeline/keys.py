@@ -21,7 +21,7 @@ from alignpipe.pipeline.references import DataRef, ModelRef
 from alignpipe.pipeline.store import FileHashes, Store
 
 # Raised by hand when a change of the code changes what a kind of stage makes from the same inputs.
-VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 1, "ppo": 1, "dpo": 1, "eval": 2}
+VERSIONS = {"sft": 1, "collect": 1, "rm": 1, "rs": 2, "ppo": 1, "dpo": 1, "eval": 2}
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 KEY_LENGTH = 16
 # More differences than this explain nothing.

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from alignpipe.config import CollectConfig, DPOConfig, EvalConfig, PPOConfig, RMConfig, RSConfig, SFTConfig
+from alignpipe.config import (
+    UNPAIRED,
+    CollectConfig,
+    DPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RMConfig,
+    RSConfig,
+    SFTConfig,
+)
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.memory import (
     WIDE,
@@ -84,15 +93,16 @@ def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting
 
     A monitor opens it again.
     """
-    policy, reference = Role(models["policy"]), Role(models["reference"])
+    policy = Role(models["policy"])
+    references = [Role(models[role]) for role in models if role == "reference"]
     one = training_batch(config, work, setting)
-    both = replace(one, rows=2 * one.rows)
-    watching = _watching(config, models, reference)
+    learnt = one if config.loss in UNPAIRED else replace(one, rows=2 * one.rows)
+    watching = _watching(config, models, references[0] if references else policy)
     held = held_memory(setting, trained=[policy], frozen=watching)
     alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
-        scoring_moment(held_memory(setting, frozen=[reference]), reference, one, setting),
-        *training_moments(held, policy, both, config, setting),
+        *(scoring_moment(held_memory(setting, frozen=[model]), model, one, setting) for model in references),
+        *training_moments(held, policy, learnt, config, setting),
         *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),

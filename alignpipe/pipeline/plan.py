@@ -12,6 +12,7 @@ from alignpipe.artifact import Manifest
 from alignpipe.config import (
     TINY,
     Config,
+    DPOConfig,
     EvalConfig,
     OptimizerConfig,
     PPOConfig,
@@ -33,7 +34,7 @@ from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import Graph, Node, build_graph, is_reward
+from alignpipe.pipeline.graph import LISTS, Graph, Node, build_graph, is_reward
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.launch import num_processes
@@ -264,12 +265,13 @@ def _row(
         if manifest
         else checkpointformat_bytes(node, models)
     )
-    listed = [role for role in node.models if not role.startswith("policy_")]
+    several, listed = LISTS.get(node.kind, ("", " "))
+    lists = [ref.name for role, ref in node.models.items() if role.startswith(f"{listed}_")]
+    alone = [role for role in node.models if not role.startswith(f"{listed}_")]
     if node.rewarded:
-        listed = [role for role in listed if not is_reward(role)]
-    reads = [f"{role}={node.models[role].name}" for role in listed] + _reward_words(node.config)
-    policies = [ref.name for role, ref in node.models.items() if role.startswith("policy_")]
-    reads += [f"policies={','.join(policies)}"] if policies else []
+        alone = [role for role in alone if not is_reward(role)]
+    reads = [f"{role}={node.models[role].name}" for role in alone] + _reward_words(node.config)
+    reads += [f"{several}={','.join(lists)}"] if lists else []
     reads += [
         f"{role}={'+'.join(Path(name).name for name in ref.name.split(' + '))}"
         for role, ref in node.data.items()
@@ -323,13 +325,25 @@ def _batch(node: Node, processes: int) -> str:
 
 
 def _warnings(node: Node, graph: Graph) -> list[str]:
-    if node.kind == "dpo" and not graph.lineage(node.name) & {"sft", "rs", "ppo"}:
-        return [
-            f"{node.name}: no sft stands behind its policy; DPO from an untuned model moves little and forgets much"
-        ]
+    if isinstance(node.config, DPOConfig):
+        return _dpo_warnings(node, node.config, graph)
     if isinstance(node.config, SFTConfig) and node.config.max_response_length >= node.config.max_length:
         return [f"{node.name}: max_response_length leaves no room for a prompt within max_length"]
     return []
+
+
+def _dpo_warnings(node: Node, config: DPOConfig, graph: Graph) -> list[str]:
+    found = []
+    # ORPO takes the place of supervised fine-tuning: its loss holds it.
+    if config.loss != "orpo" and not graph.lineage(node.name) & {"sft", "rs", "ppo"}:
+        found.append(
+            f"{node.name}: no sft stands behind its policy; DPO from an untuned model moves little and forgets much"
+        )
+    if "reference" not in node.models and config.reference not in (None, config.policy):
+        found.append(
+            f"{node.name}: loss={config.loss} has no reference, so reference={config.reference} is not opened"
+        )
+    return found
 
 
 def format_bytes(number: float) -> str:

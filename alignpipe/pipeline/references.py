@@ -16,7 +16,7 @@ from alignpipe.pipeline.weights import check_weights
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Weights that a stage reads.
+    """Weights that a stage reads, or rows that another stage left.
 
     Attributes:
         name: as the configuration calls them.

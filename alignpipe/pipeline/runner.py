@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from alignpipe.artifact import Manifest, write_json, write_text
-from alignpipe.config import Config, check
+from alignpipe.checks import check
+from alignpipe.config import Config
 from alignpipe.errors import AlignpipeError, ConfigError, Stopped
 from alignpipe.gates import find_gates
 from alignpipe.objective import objective_value

@@ -1,8 +1,12 @@
 """Preference data: several responses a prompt, ranked by labelers (InstructGPT, arXiv:2203.02155, section 3.4).
 
 prompts -> 4 to 9 responses of the policy -> rankings of several labelers -> one ranked list a prompt
+
+In rounds (Llama 2, arXiv:2307.09288, section 3.2) the rankings of all rounds before stand in front of the new ones, so
+that the reward model of a round reads one file.
 """
 
+from pathlib import Path
 from typing import Any
 
 from alignpipe import processes
@@ -47,10 +51,12 @@ def run(config: CollectConfig, context: Context) -> dict[str, Any]:
             f"{context.task.name}: no prompt got two different responses, so there is nothing to rank; "
             f"raise temperature or num_samples"
         )
-    processes.from_main(lambda: write_rankings(rankings, context.result / RANKINGS))
+    carried = _carried(context)
+    processes.from_main(lambda: _write(carried, rankings, context.result / RANKINGS))
     sizes = [len(ranking.responses) for ranking in rankings]
     figures = {
         "prompts": len(rankings),
+        "carried": carried.count(b"\n"),
         "responses": sum(sizes),
         "pairs": sum(_untied(ranking.ranks) for ranking in rankings),
         "labeler_agreement": sum(agreements) / len(agreements),
@@ -60,6 +66,17 @@ def run(config: CollectConfig, context: Context) -> dict[str, Any]:
     }
     context.metrics.log(0, figures)
     return figures
+
+
+def _carried(context: Context) -> bytes:
+    """The file of the stage before, which holds those before it as well."""
+    previous = context.task.models.get("previous")
+    return b"" if previous is None else (Path(previous.path) / RANKINGS).read_bytes()
+
+
+def _write(carried: bytes, rankings: list[Ranking], path: Path) -> None:
+    write_rankings(rankings, path)
+    path.write_bytes(carried + path.read_bytes())
 
 
 def _rank(prompt: str, texts: list[str], labelers: LabelersConfig, seed: int) -> list[list[int]]:

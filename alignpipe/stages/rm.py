@@ -218,9 +218,10 @@ def _demonstration_scores(
 
     Where there are no demonstrations, the best response of each ranking stands for one.
     """
-    role, data = ("demonstrations", config.demonstrations)
-    if role not in context.task.data:
-        role, data = "data", config.data
-    records = context.records(role, data, Demonstration)[:MAX_DEMONSTRATIONS]
+    records: list[Demonstration] = []
+    if "demonstrations" in context.task.data:
+        records = context.records("demonstrations", config.demonstrations, Demonstration)
+    # A small file may have none in their share.
+    records = (records or context.records("data", config.data, Demonstration))[:MAX_DEMONSTRATIONS]
     examples = encode_demonstrations(records, tokenizer, config.max_length, "drop", "response").examples
     return Normalizer.fit(_scores(model, tokenizer, config, context, examples))

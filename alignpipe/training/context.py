@@ -18,7 +18,7 @@ from alignpipe import processes
 from alignpipe.artifact import remove_tree
 from alignpipe.config import SHARDED, DataConfig
 from alignpipe.data.mixture import Portion, read_portion
-from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text
+from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text, Unpaired
 from alignpipe.data.sources import DataSource, RecordSet, read_parts, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
@@ -39,10 +39,11 @@ REJECTED = "rejected.jsonl"
 RECORD_TYPE: dict[type[Record], RecordType] = {
     Demonstration: "demonstrations",
     Ranking: "rankings",
+    Unpaired: "unpaired",
     Prompt: "prompts",
     Text: "text",
 }
-AnyRecord = TypeVar("AnyRecord", Demonstration, Ranking, Prompt, Text)
+AnyRecord = TypeVar("AnyRecord", Demonstration, Ranking, Unpaired, Prompt, Text)
 
 
 @dataclass

@@ -117,6 +117,7 @@ def fit(
     config: TrainingConfig,
     context: Context,
     evaluate: Callable[[], dict[str, float]],
+    prepare: Callable[[Sequence[AnyRow]], Sequence[AnyRow]] = list,
     watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Train a model on rows.
@@ -128,6 +129,7 @@ def fit(
         config: steps, batch, optimizer.
         context: device, states, figures.
         evaluate: figures on held-out rows, logged under `eval/`.
+        prepare: all rows of a step, before it -> the same with what depends on all of them; every process calls it.
         watcher: asked after every step whether training ends there.
 
     Returns:
@@ -149,7 +151,7 @@ def fit(
     context.progress.begin("training", total, first)
     model.train()
     for step in range(first, total):
-        batch = [rows[index] for index in next(order)]
+        batch = prepare([rows[index] for index in next(order)])
         context.step = step
         set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
         for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():

@@ -60,6 +60,16 @@ def _line(words: list[str]) -> str:
         (["stage=sft", "stage.learning_rate=nan"], "must be a finite number"),
         (["stage=sft", "stage.learning_rate=inf"], "must be a finite number"),
         (["stage=dpo", "stage.beta=0"], "stage.beta: must be more than 0"),
+        (["stage=dpo", "stage.loss=sigmod"], "stage.loss: there is no 'sigmod' here. Did you mean sigmoid?"),
+        (
+            ["stage=dpo", "stage.loss=ipo", "stage.label_smoothing=0.1"],
+            "stage.label_smoothing: loss=ipo does not read it; leave it out, or take loss=conservative or loss=robust",
+        ),
+        (
+            ["stage=dpo", "stage.loss=simpo", "stage.gamma_beta_ratio=null"],
+            "loss=simpo needs it; give a number",
+        ),
+        (["stage=dpo", "stage.reference=null"], "stage.reference: loss=sigmoid needs one"),
         ([*PPO, "stage.kl_coef=-0.1"], "stage.kl_coef: must be at least 0"),
         (
             [*PPO, "stage.gamma=1.5", "stage.clip_range=0"],

@@ -10,7 +10,15 @@ import yaml
 from alignpipe.compose import compose
 from alignpipe.compose.composition import built_in_folder
 from alignpipe.compose.yaml_files import check_file, key_lines
-from alignpipe.config import KINDS, DataConfig, GateConfig, ModelConfig, RewardConfig, inherited
+from alignpipe.config import (
+    KINDS,
+    PREFERENCE_LOSSES,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    RewardConfig,
+    inherited,
+)
 
 CONF = built_in_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -19,6 +27,13 @@ PIPELINES = {
     "instructgpt_style": ["sft", "collect", "rm", "ppo", "eval"],
     "zephyr_style": ["sft", "collect", "dpo", "eval"],
     "from_scratch": ["pretrain", "sft", "collect", "rm", "rs", "ppo", "eval"],
+    "llama2_rounds": [
+        "sft",
+        *(f"{kind}_{number}" for number in range(1, 6) for kind in ("collect", "rm", "rs")),
+        "ppo_5",
+        "eval",
+    ],
+    "online_dpo": ["sft", *(f"{kind}_{n}" for n in (1, 2, 3) for kind in ("collect", "dpo")), "eval"],
 }
 
 
@@ -139,9 +154,18 @@ def test_inherited_schema_points_every_leaf_at_the_root() -> None:
 
 
 def test_model_training_is_read_by_the_stages() -> None:
-    config = compose(["stage=dpo", "model.training.dpo.beta=0.3"]).config
+    config = compose(["stage=dpo", "model.training.dpo.learning_rate=0.3"]).config
     assert config.stage is not None
-    assert vars(config.stage)["beta"] == 0.3
+    assert vars(config.stage)["learning_rate"] == 0.3
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_every_loss_of_dpo_has_usual_numbers_for_the_keys_it_reads_and_for_no_others(loss: str) -> None:
+    stage = vars(compose(["stage=dpo", f"stage.loss={loss}"]).config.stage)
+    keys = {key for keys in PREFERENCE_LOSSES.values() for key in keys}
+    assert {key for key in keys if stage[key] is not None} == set(PREFERENCE_LOSSES[loss])
+    assert set(stage["usual"]) == set(PREFERENCE_LOSSES)
+    assert compose(["stage=dpo", f"stage.loss={loss}", "stage.beta=7"]).config.stage.beta == 7  # type: ignore
 
 
 def test_every_stage_value_that_depends_on_size_is_in_both_models() -> None:

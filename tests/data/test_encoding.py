@@ -4,8 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from alignpipe.data.encoding import encode_demonstrations, encode_prompts, encode_rankings, encode_texts
-from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Text
+from alignpipe.data.encoding import (
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_texts,
+    encode_unpaired,
+)
+from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Text, Unpaired
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError
 
@@ -178,6 +184,18 @@ def test_encode_rankings_all_tied_teaches_nothing_and_is_left_out() -> None:
     assert (encoded.kept, encoded.num_overflow) == ([1], 0)
     with pytest.raises(DataError, match="has two responses of different rank"):
         encode_rankings([tied], TOKENIZER, 500, "drop")
+
+
+def test_encode_unpaired_is_a_ranking_of_one() -> None:
+    records = [Unpaired((Message("user", "Hi."),), "Yes.", True), Unpaired((ASK,), "No. " * 40, False)]
+    kept = encode_unpaired(records, TOKENIZER, 60, "drop")
+    assert (kept.kept, kept.num_overflow, kept.examples[0].ranks) == ([0], 1, (1.0,))
+    prompt, (response,) = TOKENIZER.encode_responses(records[0].prompt, ("Yes.",))
+    assert kept.examples[0].examples[0].ids == prompt + response
+    assert kept.examples[0].examples[0].mask == [False] * len(prompt) + [True] * len(response)
+    cut = encode_unpaired(records, TOKENIZER, 60, "cut").examples[1]
+    assert (cut.ranks, len(cut.examples[0].ids)) == ((2.0,), 60)
+    assert cut.examples[0].mask.index(True) == cut.prompt_length
 
 
 def test_encode_prompts_drop_and_cut_and_error() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from alignpipe.config import DataConfig
-from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Text
+from alignpipe.data.records import Demonstration, Message, Prompt, Ranking, Text, Unpaired
 from alignpipe.data.sources import detect_format, find_source, read_records, readable_types
 from alignpipe.errors import DataError
 
@@ -305,3 +305,28 @@ def test_read_type_that_the_format_lacks_says_what_it_gives(read: Callable[..., 
 def test_max_rows_takes_the_first(read: Callable[..., Any]) -> None:
     found = read([{"text": str(number)} for number in range(9)], "text", max_rows=3)
     assert (found.num_rows, [record.text for record in found.records]) == (3, ["0", "1", "2"])
+
+
+def test_unpaired_rows_say_of_each_response_whether_it_is_good(read: Callable[..., Any]) -> None:
+    rows = [
+        {"prompt": "Hello", "completion": "Hi", "label": True},
+        {"prompt": TALK, "completion": SAID, "label": False},
+    ]
+    found = read(rows, "unpaired")
+    assert found.format == "unpaired"
+    assert found.records == [Unpaired((U("Hello"),), "Hi", True), Unpaired((U("Hello"),), "Hi", False)]
+    assert read(rows, "prompts").records == [Prompt((U("Hello"),))] * 2
+    with pytest.raises(DataError, match="gives prompts, unpaired; demonstrations are wanted"):
+        read(rows, "demonstrations")
+
+
+def test_column_called_label_makes_rows_unpaired_only_where_it_is_true_or_false(
+    read: Callable[..., Any],
+) -> None:
+    rows = [{"prompt": "Hello", "completion": "Hi", "label": "greeting"}]
+    assert read(rows, "demonstrations").format == "prompt_completion"
+    with pytest.raises(DataError, match="label is 'greeting', expected true or false"):
+        read(rows, "unpaired", format="unpaired")
+    good = [{"prompt": "Hello", "completion": "Hi", "label": text} for text in ("true", "0", 1, "False")]
+    desirable = [record.desirable for record in read(good, "unpaired", format="unpaired").records]
+    assert desirable == [True, False, True, False]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from alignpipe.losses.best_of_n import best_of_n, best_of_n_kl
+from alignpipe.losses.best_of_n import best_of_n, best_of_n_able, best_of_n_kl
 
 
 def every_subset(scores, gold, n):
@@ -51,3 +51,23 @@ def test_best_of_n_kl_known_values():
     assert bound[0].item() == 0.0
     assert bound[1].item() == pytest.approx(math.log(2) - 0.5)
     assert bound[63].item() == pytest.approx(3.17, abs=0.01)
+
+
+def test_curve_over_able_responses_equals_every_subset_that_holds_one():
+    torch.manual_seed(3)
+    scores, able = torch.randn(4, 5), torch.rand(4, 5) < 0.6
+    able[0], able[1] = False, True
+    curve = best_of_n_able(scores, able)
+    for n in range(1, 6):
+        best = [
+            max(scores[row, i].item() for i in subset if able[row, i])
+            for row in range(4)
+            for subset in itertools.combinations(range(5), n)
+            if able[row, list(subset)].any()
+        ]
+        assert curve[n - 1].item() == pytest.approx(sum(best) / len(best))
+
+
+def test_curve_over_able_responses_is_the_plain_one_where_all_are():
+    scores = torch.randn(3, 4)
+    torch.testing.assert_close(best_of_n_able(scores, scores > -99), best_of_n(scores).mean(0))

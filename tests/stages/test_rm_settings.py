@@ -1,6 +1,7 @@
 """The rm stage with everything that YAML can turn on: a file of pairs, several heads, a benchmark."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from transformers import AutoModelForSequenceClassification
 
 from alignpipe.artifact import read_manifest
 from alignpipe.config import RMConfig
+from alignpipe.data.bootstrap import bootstrap_weights
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example, RankedExample
+from alignpipe.data.records import Message
+from alignpipe.data.shares import share_of
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, ConfigError, DataError
 from alignpipe.evaluation.rewards import read_normalizer
@@ -69,9 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project,
     yield project, run / "rm"
 
 
-def test_heads_are_labels_and_their_levels_stand_beside_them(
-    trained: tuple[Project, Path], tokenizer: Tokenizer
-) -> None:
+def test_heads_are_labels_and_their_levels_stand_beside_them(trained: tuple[Project, Path]) -> None:
     _, folder = trained
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert plain.config.num_labels == 3
@@ -81,14 +83,37 @@ def test_heads_are_labels_and_their_levels_stand_beside_them(
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest.metrics["disagreement"] > 0
-    # Each head drew its own prompts, so each moved its own way.
-    weight = score_head(
-        load_scalar_model(ModelSource(str(folder)), tokenizer, all_heads=True)
-    ).weight.detach()
+
+
+def test_a_head_that_did_not_draw_the_prompt_learns_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    # One prompt and no other, which the bootstrap gave to some heads alone; nothing is held out either.
+    def weights(number: int) -> list[int]:
+        prompt = tokenizer.encode_prompt((Message("user", f"How many is {number}?"),))
+        return bootstrap_weights(prompt, 0, 3)
+
+    shares = Project(tmp_path / "outputs").compose("stage=rm").config.data.shares
+    number = next(
+        n
+        for n in range(99)
+        if 0 in weights(n) and any(weights(n)) and share_of(f"How many is {n}?", shares) != "eval"
+    )
+    rows = [
+        {"prompt": f"How many is {number}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(6)
+    ]
+    data = _write(tmp_path / "pairs.jsonl", rows)
+    run = Project(tmp_path / "outputs").run(
+        "stage=rm", f"data='{data}'", "stage.num_heads=3", "stage.max_steps=2", "stage.stress_rows=4"
+    )
+    model = load_scalar_model(ModelSource(str(run / "rm")), tokenizer, all_heads=True)
     start = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) / 33**0.5
-    moves = weight - start
-    assert 0 < moves.abs().max() < 0.1
-    assert (moves[0] - moves[1]).abs().max() > 1e-6
+    moves = (score_head(model).weight.detach() - start).abs().amax(1)
+    assert [bool(move > 1e-6) for move in moves] == [weight > 0 for weight in weights(number)]
+    manifest = read_manifest(run / "rm")
+    assert manifest is not None
+    assert (manifest.metrics["accuracy"], manifest.metrics["stress"]) == (None, {})
+    # No demonstration is in its share either, so the best responses set the scale.
+    assert manifest.metrics["reward_std"] > 0
+    assert math.isfinite(manifest.metrics["reward_mean"])
 
 
 def test_stress_and_benchmark_stand_in_files_and_figures(trained: tuple[Project, Path]) -> None:
