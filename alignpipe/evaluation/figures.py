@@ -85,7 +85,7 @@ def written(figures: Figures, prejudice: Mapping[str, Any] | None) -> dict[str, 
         name.removeprefix(TERM): figure.value for name, figure in figures.items() if name.startswith(TERM)
     }
     result["gold"]["ci95"] = ends.get("gold.overall")
-    return {**result, "reward_terms": terms, "ci95": ends, "prejudice": prejudice}
+    return {**result, **({"reward_terms": terms} if terms else {}), "ci95": ends, "prejudice": prejudice}
 
 
 def gains(columns: Sequence[Columns]) -> list[dict[str, Any]]:

@@ -119,6 +119,11 @@ class Monitor:
         """What is saved and resumed beside the models."""
         return {} if self._best is None else {"best": self._best}
 
+    @property
+    def went_back(self) -> bool:
+        """Whether the policy has the weights of the best look."""
+        return self._best is not None and self._stopped_at is not None
+
     def values(self) -> dict[str, Any]:
         """What is saved with a state, as JSON."""
         if self._history is None:

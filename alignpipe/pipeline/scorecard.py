@@ -181,7 +181,7 @@ def _words(scorecard: dict[str, Any]) -> list[str]:
         for gain in scorecard["gains"]
     ]
     for name, figures in scorecard["policies"].items():
-        if terms := figures["reward_terms"]:
+        if terms := figures.get("reward_terms"):
             lines.append(
                 f"reward of {name}: " + "  ".join(f"{term} {mean:.3f}" for term, mean in terms.items())
             )

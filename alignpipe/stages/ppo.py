@@ -154,7 +154,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             context.save(step, modules, models.optimizers, values | monitor.values())
         if stopping:
             context.stop.end()
-    context.save_checkpoint(models.result(), tokenizer, "policy")
+    # What the judge went back to is handed on as it was judged, not as an average.
+    context.save_checkpoint(models.policy if monitor.went_back else models.result(), tokenizer, "policy")
     return {
         **encoded.figures,
         "reward": figures.get("objective/score"),

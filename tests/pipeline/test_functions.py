@@ -223,7 +223,7 @@ def test_reward_that_cannot_be_is_one_line() -> None:
         _composed(*words)
     for told in (
         "stages.rs.reward_model: is null and nothing stands in its place",
-        "stages.ppo.reward_model: is null, but the value model starts from it",
+        "stages.ppo.reward_model: is null, but the value model of advantage=gae starts from it",
         "stages.eval.reward.ensemble: mean needs two reward models or more",
         "stages.eval.reward.models.rm: must be a finite number",
         "stages.eval.reward.gate.below: must be at most",

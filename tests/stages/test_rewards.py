@@ -51,7 +51,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _policy(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "eval" / "scores.json").read_text())["policies"][0]
-    return found | {f"reward/{name}": mean for name, mean in found["reward_terms"].items()}
+    return found | {f"reward/{name}": mean for name, mean in found.get("reward_terms", {}).items()}
 
 
 def test_rs_keeps_what_the_function_likes_best(copied: Project, function: str) -> None:
