@@ -81,7 +81,7 @@ def print_scorecard(scorecard: dict[str, Any] | None, folder: Path, console: Con
     """Show a scorecard as tables, its gains in words, and the next thing to try."""
     if scorecard is None:
         return
-    for table in (_quality(scorecard), _terms(scorecard), _text(scorecard), _prejudice(scorecard)):
+    for table in (_quality(scorecard), _text(scorecard), _prejudice(scorecard)):
         if table.row_count:
             console.print()
             console.print(table)
@@ -100,17 +100,6 @@ def _quality(scorecard: dict[str, Any]) -> Table:
         measures = [_shown(gold[measure]) for measure in ("helpful", "truthful", "harmless")]
         rest = [_shown(figures["reward"], 2), _shown(figures["kl"], 1), _shown(figures["length"], 1)]
         _add(table, name, _shown(gold["overall"]), interval, *measures, *rest)
-    return table
-
-
-def _terms(scorecard: dict[str, Any]) -> Table:
-    """What a reward of several parts is made of: a column each, so that helpful and harmless stay apart."""
-    terms = list(
-        dict.fromkeys(term for figures in scorecard["policies"].values() for term in figures["reward_terms"])
-    )
-    table = _table("reward terms", *map(_shortened, terms))
-    for name, figures in scorecard["policies"].items() if terms else ():
-        _add(table, name, *(_shown(figures["reward_terms"].get(term), 2) for term in terms))
     return table
 
 
@@ -154,12 +143,9 @@ def _table(*titles: str) -> Table:
 
 
 def _add(table: Table, name: str, *cells: str) -> None:
-    table.add_row(*(Text(cell) for cell in (_shortened(name), *cells)))
-
-
-def _shortened(name: str) -> str:
     # The end of a long folder tells more than its beginning.
-    return name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+    short = name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+    table.add_row(*(Text(cell) for cell in (short, *cells)))
 
 
 def _at(figures: dict[str, Any], path: str) -> float | None:

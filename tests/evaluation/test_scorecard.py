@@ -129,11 +129,10 @@ def test_wins_and_text_have_a_table_of_their_own_within_100_columns() -> None:
 
 def test_terms_of_a_reward_stay_apart() -> None:
     scorecard = _scorecard((0.0, 1.5), 0.2, (0.1, 0.3))
-    for figures, harmless in zip(scorecard["policies"].values(), (0.25, -0.75), strict=True):
-        figures["reward_terms"] = {"helpful_rm": 1.5, "harmless_rm": harmless}
+    scorecard["policies"]["ppo"]["reward_terms"] = {"helpful_rm": 1.5, "harmless_rm": -0.75}
     text = _printed(scorecard)
-    assert re.search(r"^reward terms +helpful_rm +harmless_rm$", text, flags=re.MULTILINE)
-    assert re.search(r"^ppo +1.50 +-0.75$", text, flags=re.MULTILINE)
+    assert "reward of ppo: helpful_rm 1.500  harmless_rm -0.750" in text
+    assert "reward of sft" not in text
 
 
 def test_gaps_between_groups_are_marked_and_named_where_chance_rarely_makes_them() -> None:
