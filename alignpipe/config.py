@@ -88,9 +88,9 @@ def choice(*options: str, in_key: bool = True) -> Any:
     return field(default=MISSING, metadata={"options": options, "in_key": in_key})
 
 
-def plain(*, in_key: bool = True) -> Any:
-    """A field without a check of its own."""
-    return field(default=MISSING, metadata={"in_key": in_key})
+def plain(*, in_key: bool = True, names: bool = False) -> Any:
+    """A field without a check of its own; `names` says that it names stages and is in the key nevertheless."""
+    return field(default=MISSING, metadata={"in_key": in_key, "names": names})
 
 
 @dataclass
@@ -315,7 +315,7 @@ class PipelineConfig:
 class GateConfig:
     """A reward model that is heard alone where it thinks ill of a response (arXiv:2307.09288, 3.2.3)."""
 
-    model: str | None = plain()
+    model: str | None = plain(names=True)
     below: float = number(above=0, maximum=0.999999)
 
 
@@ -327,7 +327,7 @@ class RewardConfig:
     function: str | None = plain(in_key=False)
     function_weight: float = number()
     # Name -> weight; by name in a key too, since figures bear the names.
-    models: dict[str, float] = plain()
+    models: dict[str, float] = plain(names=True)
     ensemble: str = choice("sum", "mean", "mean_minus_std")
     uncertainty_penalty: float = number(minimum=0)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -378,7 +378,7 @@ class MonitorConfig:
     """What a held-out judge watches for while a policy is trained, and what then happens."""
 
     action: str = choice("none", "warn", "stop", "restore")
-    judge: str = plain()
+    judge: str = plain(names=True)
     num_prompts: int = number(minimum=8)
     num_samples: int = number(minimum=1)
     max_fall: float | None = number(minimum=0)

@@ -97,8 +97,8 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
             f"{context.task.name}: no response can be learnt, {_told(refused)}; raise max_response_length, lower "
             f"min_reward or threshold, or train the policy longer"
         )
-    figures = _figures(config, rewards, candidates, refused, chosen) | scored.figures
-    _log(context, figures, texts, candidates, chosen)
+    figures = _figures(config, rewards, candidates, refused, chosen)
+    _log(context, figures, scored.figures, texts, candidates, chosen)
 
     replayed = _replayed(config, tokenizer, context, len(best))
     held_out = _encode(config, tokenizer, _demonstrations(config, context, "eval")[: config.eval_rows])
@@ -121,6 +121,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         **encoded.figures,
         "eval_loss": after.get("loss"),
         **figures,
+        **scored.figures,
         **monitor.summary(),
     }
 
@@ -244,13 +245,14 @@ def _told(refused: Sequence[Sequence[str | None]]) -> str:
 def _log(
     context: Context,
     figures: dict[str, Any],
+    terms: dict[str, float],
     texts: Sequence[str],
     candidates: Sequence[Sequence[Candidate]],
     chosen: Sequence[Sequence[Candidate]],
 ) -> None:
     curve = {f"rs/best_of_{n}": value for n, value in enumerate(figures["best_of_n"], start=1)}
     plain = {f"rs/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
-    context.metrics.log(0, plain | curve)
+    context.metrics.log(0, plain | curve | terms)
     context.metrics.samples(
         0,
         [

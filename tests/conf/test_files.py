@@ -64,7 +64,10 @@ def test_every_key_has_a_comment_above_it(path: Path) -> None:
     flow = {found.key for found in key_lines(path) if "{" in text.splitlines()[found.line - 1]}
     for found in key_lines(path):
         top = found.key.split(".")[0]
-        plain_section = found.key in ("run", "stages", "pipeline", "data", "data.labelers", "stages.ppo")
+        # A section of a stage or a group is named by its key, and says nothing that its keys do not.
+        plain_section = re.fullmatch(
+            r"run|stages?|stages\.\w+(\.data)?|pipeline|model|monitor|data(\.labelers)?", found.key
+        )
         inside_flow = any(found.key.startswith(f"{key}.") for key in flow)
         if top in ("defaults", "hydra") or inside_flow or plain_section or found.key == "data.labelers.bias":
             continue
