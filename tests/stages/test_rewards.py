@@ -54,14 +54,14 @@ def _policy(folder: Path) -> dict[str, Any]:
     return found | {f"reward/{name}": mean for name, mean in found.get("reward_terms", {}).items()}
 
 
-def test_rs_keeps_what_the_function_likes_best(copied: Project, function: str) -> None:
+def test_rs_scores_every_response_by_the_function(copied: Project, function: str) -> None:
     folder = copied.run(*RS, "stage.reward_model=null", function) / "rs"
-    rows = _rows(folder / "samples.jsonl")
-    assert rows
+    rows = _rows(folder / "candidates.jsonl")
+    assert len(rows) == 24 * 3
     by_hand = _letters([row["prompt"] for row in rows], [row["response"] for row in rows])
     assert [row["reward"] for row in rows] == pytest.approx(by_hand)
     figures = _rows(folder / "metrics.jsonl")[0]
-    assert figures["reward/function"] == pytest.approx(figures["rs/reward_mean"])
+    assert figures["reward/function"] == pytest.approx(sum(by_hand) / len(by_hand))
 
 
 def test_terms_add_up_with_their_weights(copied: Project, function: str) -> None:
