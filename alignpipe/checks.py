@@ -16,6 +16,7 @@ from alignpipe.config import (
     Config,
     DataConfig,
     DPOConfig,
+    EvalConfig,
     GuidelineConfig,
     LaunchConfig,
     MonitorConfig,
@@ -26,6 +27,8 @@ from alignpipe.config import (
     SelectionConfig,
     SFTConfig,
     SharesConfig,
+    has_reward,
+    reward_weights,
 )
 from alignpipe.errors import ConfigError, did_you_mean
 
@@ -202,6 +205,30 @@ def _loss_relations(config: DPOConfig, at: str) -> Iterator[str]:
         yield f"{at}reference: loss={config.loss} needs one; name a policy, or take {free}"
 
 
+def _reward_relations(config: RSConfig | PPOConfig | EvalConfig, at: str) -> Iterator[str]:
+    reward, weights = config.reward, reward_weights(config)
+    for name, weight in reward.models.items():
+        if not math.isfinite(weight):
+            yield f"{at}reward.models.{name}: must be a finite number, got {weight}"
+    if not has_reward(config) and (not isinstance(config, EvalConfig) or reward.gate.model is not None):
+        yield (
+            f"{at}reward_model: is null and nothing stands in its place; name a reward model, "
+            f"or {at}reward.function=FILE.py:NAME"
+        )
+    elif isinstance(config, PPOConfig) and config.reward_model is None and config.has_value_model:
+        yield (
+            f"{at}reward_model: is null, but the value model of advantage=gae starts from it; take {at}advantage=rloo "
+            f"(or grpo, reinforce_pp), or name one, with {at}reward.models.NAME=0 where it shall not count"
+        )
+    # Of one reward model the heads are the members that mean_minus_std hears.
+    members = 1 if reward.ensemble == "mean_minus_std" else 2
+    if reward.ensemble != "sum" and (len(weights) < members or min(weights.values()) <= 0):
+        yield (
+            f"{at}reward.ensemble: {reward.ensemble} needs two reward models or more, each with a weight above 0, "
+            f"got {weights or 'none'}; name them in {at}reward.models"
+        )
+
+
 def _launch_relations(config: LaunchConfig, at: str) -> Iterator[str]:
     processes = config.num_processes
     if config.strategy == "single" and (config.num_machines > 1 or (processes or 1) > 1):
@@ -245,6 +272,9 @@ RELATIONS: tuple[tuple[type, Callable[[Any, str], Iterator[str]]], ...] = (
     (SelectionConfig, _selection_relations),
     (SFTConfig, _sft_relations),
     (RMConfig, _rm_relations),
+    (RSConfig, _reward_relations),
+    (PPOConfig, _reward_relations),
+    (EvalConfig, _reward_relations),
     (RSConfig, _rs_relations),
     (DPOConfig, _loss_relations),
     (PPOConfig, _ppo_relations),

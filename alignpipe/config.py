@@ -7,7 +7,7 @@ names code to run: a stage is chosen by its `kind`.
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
@@ -88,9 +88,9 @@ def choice(*options: str, in_key: bool = True) -> Any:
     return field(default=MISSING, metadata={"options": options, "in_key": in_key})
 
 
-def plain(*, in_key: bool = True) -> Any:
-    """A field without a check of its own."""
-    return field(default=MISSING, metadata={"in_key": in_key})
+def plain(*, in_key: bool = True, names: bool = False) -> Any:
+    """A field without a check of its own; `names` says that it names stages and is in the key nevertheless."""
+    return field(default=MISSING, metadata={"in_key": in_key, "names": names})
 
 
 @dataclass
@@ -312,6 +312,59 @@ class PipelineConfig:
 
 
 @dataclass
+class GateConfig:
+    """A reward model that is heard alone where it thinks ill of a response (arXiv:2307.09288, 3.2.3)."""
+
+    model: str | None = plain(names=True)
+    below: float = number(above=0, maximum=0.999999)
+
+
+@dataclass
+class RewardConfig:
+    """What a reward is made of, beside the one `reward_model`."""
+
+    # In a key by its content, see pipeline/functions.py.
+    function: str | None = plain(in_key=False)
+    function_weight: float = number()
+    # Name -> weight; by name in a key too, since figures bear the names.
+    models: dict[str, float] = plain(names=True)
+    ensemble: str = choice("sum", "mean", "mean_minus_std")
+    uncertainty_penalty: float = number(minimum=0)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+class Rewarded(Protocol):
+    """Any section that says what a reward is."""
+
+    reward_model: str | None
+    reward: RewardConfig
+
+
+def reward_models(config: Rewarded, prefix: str = "") -> dict[str, str]:
+    """Role -> name of every reward model that a section names, each once; `reward_model` keeps its role."""
+    named = [*config.reward.models, *([config.reward.gate.model] if config.reward.gate.model else [])]
+    others = [name for name in dict.fromkeys(named) if name != config.reward_model]
+    first = {} if config.reward_model is None else {f"{prefix}reward_model": config.reward_model}
+    return first | {f"{prefix}reward_{index}": name for index, name in enumerate(others)}
+
+
+def reward_weights(config: Rewarded) -> dict[str, float]:
+    """Name -> weight of the reward models that are summed; `reward_model` counts 1 unless `models` says otherwise."""
+    alone = {} if config.reward_model is None else {config.reward_model: 1.0}
+    return alone | config.reward.models
+
+
+def is_composed(reward: RewardConfig) -> bool:
+    """Whether a reward is anything but the score of `reward_model`."""
+    return reward.function is not None or bool(reward.models) or reward.gate.model is not None
+
+
+def has_reward(config: Rewarded) -> bool:
+    """Whether there is anything to reward responses by."""
+    return config.reward.function is not None or bool(reward_weights(config))
+
+
+@dataclass
 class StageConfig:
     """What every stage has."""
 
@@ -325,7 +378,7 @@ class MonitorConfig:
     """What a held-out judge watches for while a policy is trained, and what then happens."""
 
     action: str = choice("none", "warn", "stop", "restore")
-    judge: str = plain()
+    judge: str = plain(names=True)
     num_prompts: int = number(minimum=8)
     num_samples: int = number(minimum=1)
     max_fall: float | None = number(minimum=0)
@@ -476,7 +529,8 @@ class RSConfig(TrainingConfig, SamplingConfig):
     """Rejection sampling: sample, keep the best, fine-tune on it."""
 
     policy: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     demonstrations: DataConfig = field(default_factory=_root_data)
     num_prompts: int | None = number(minimum=1)
     pool: list[str] = plain(in_key=False)
@@ -498,7 +552,8 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
 
     policy: str = plain(in_key=False)
     reference: str = plain(in_key=False)
-    reward_model: str = plain(in_key=False)
+    reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     ptx_data: DataConfig = field(default_factory=_root_data)
     advantage: str = choice("gae", "rloo", "grpo", "reinforce_pp")
     grpo_std: bool = plain()
@@ -569,6 +624,7 @@ class EvalConfig(SamplingConfig):
     policies: list[str] = plain(in_key=False)
     reference: str | None = plain(in_key=False)
     reward_model: str | None = plain(in_key=False)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     win_rate_against: str | None = plain(in_key=False)
     judge: str = choice(*JUDGES)
     num_prompts: int = number(minimum=1)
@@ -645,6 +701,7 @@ def register() -> None:
         "rollout": RolloutConfig,
         "launch": LaunchConfig,
         "adapter": AdapterConfig,
+        "reward": RewardConfig,
         "monitor": MonitorConfig,
         "pipeline": PipelineConfig,
     }

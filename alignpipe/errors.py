@@ -9,9 +9,11 @@ class AlignpipeError(Exception):
 
     Attributes:
         exit_code: what the process returns to the shell.
+        trace: a traceback worth keeping in the error log, as that of the user's own code is.
     """
 
     exit_code = 1
+    trace: str | None = None
 
 
 class ConfigError(AlignpipeError):

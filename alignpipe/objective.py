@@ -7,7 +7,7 @@ A policy's figures are those of its scorecard, `ppo.gold.overall`; every other f
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignpipe.config import TOY, Config, EvalConfig, StageConfig
+from alignpipe.config import TOY, Config, EvalConfig, StageConfig, has_reward
 from alignpipe.errors import ConfigError, did_you_mean, nearest
 
 # Figures of a policy in the scorecard -> the key of the eval stage that they need, or None.
@@ -40,12 +40,24 @@ POLICY_FIGURES: dict[str, str | None] = {
 }
 # Metrics that a stage ends with, by kind.
 STAGE_FIGURES: dict[str, tuple[str, ...]] = {
-    "sft": ("eval_loss",),
+    "sft": ("eval_loss", "eos_rate"),
     "collect": ("labeler_agreement", "gold_mean", "finished"),
-    "rm": ("accuracy", "gold_accuracy", "margin", "calibration_error", "eval_loss"),
+    "rm": (
+        "accuracy",
+        "gold_accuracy",
+        "margin",
+        "calibration_error",
+        "eval_loss",
+        "length_spearman",
+        "stress.filler.rate",
+        "stress.flattery.rate",
+        "stress.doubled.rate",
+        "stress.other_answer.rate",
+        "stress.cut_before_eos.rate",
+    ),
     "rs": ("eval_loss", "reward_mean", "reward_best", "reward_selected", "unanswered", "length_shift"),
     "ppo": ("reward", "kl"),
-    "dpo": ("eval_loss", "eval_accuracy"),
+    "dpo": ("eval_loss", "eval_accuracy", "eos_rate"),
     "eval": (),
 }
 # What the training itself pushes up; ranking by it is reward hacking by hyperparameter (arXiv:2210.10760).
@@ -59,6 +71,7 @@ PROXIES = (
 )
 _LOW_IS_BEST = (
     "loss",
+    "spearman",
     "kl",
     "kl_per_token",
     "best_of_n",
@@ -111,7 +124,7 @@ def is_low_best(config: Config) -> bool:
     """Whether the smallest value of the objective is the best one."""
     if config.objective_direction == "auto":
         last = (config.objective or "").rpartition(".")[2]
-        return last.endswith(_LOW_IS_BEST)
+        return ".stress." in (config.objective or "") or last.endswith(_LOW_IS_BEST)
     return config.objective_direction == "minimize"
 
 
@@ -173,7 +186,7 @@ def _lacks(judge: EvalConfig, figure: str) -> str | None:
         judge.judge == "none" or (judge.judge == "auto" and judge.data.path != TOY)
     ):
         return "data=toy, since the gold judge knows the embedded world alone"
-    if need == "reward_model" and judge.reward_model is None:
+    if need == "reward_model" and not has_reward(judge):
         return "a reward_model in the eval stage"
     if need == "reference" and judge.reference is None:
         return "a reference in the eval stage"

@@ -55,6 +55,23 @@ class DataInput:
     key: str = ""
 
 
+@dataclass(frozen=True)
+class FunctionInput:
+    """A function in a file of the user's, found before anything runs and run by the stage alone.
+
+    Attributes:
+        label: how the configuration calls it, `FILE.py:NAME`.
+        path: absolute.
+        name: at the top level of the file.
+        key: sha256 of the file; a file that has changed since is not run.
+    """
+
+    label: str
+    path: str
+    name: str
+    key: str
+
+
 @dataclass
 class Task:
     """Everything a stage process needs.
@@ -68,6 +85,7 @@ class Task:
         config: of the stage.
         models: by role; an eval's policies are `policy_0`, `policy_1`, ...
         data: by role: `data`, `demonstrations`.
+        functions: of the user's own, by role: `reward`.
         chat_template: Jinja source for a model that has none.
         architecture: of the model that `tiny` names.
         attn_implementation: as transformers takes it.
@@ -91,6 +109,7 @@ class Task:
     attn_implementation: str
     launch: LaunchConfig
     adapter: AdapterConfig
+    functions: dict[str, FunctionInput] = field(default_factory=dict)
     trackers: list[str] = field(default_factory=list)
     run: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +145,7 @@ def read_task(path: Path) -> Task:
             "adapter": _typed(AdapterConfig, raw["adapter"]),
             "models": {role: ModelInput(**model) for role, model in raw["models"].items()},
             "data": {role: DataInput(**data) for role, data in raw["data"].items()},
+            "functions": {role: FunctionInput(**found) for role, found in raw["functions"].items()},
         }
     )
 

@@ -166,7 +166,7 @@ def main(path: Path) -> None:
             code = 0
         except AlignpipeError as error:
             code = error.exit_code
-            _leave_error(task, number, str(error), code)
+            _leave_error(task, number, str(error), code, error.trace)
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
             broken = type(error) is RuntimeError and any(word in str(error).lower() for word in CONTACT)

@@ -1,4 +1,7 @@
-"""What docs/memory.md shows is what the plan prints, and each line of its arithmetic gives the part it stands for."""
+"""What docs/memory.md shows is what the plan prints, and each line of its arithmetic gives the part it stands for.
+
+The function and the commands of docs/rewards.md work.
+"""
 
 import io
 import re
@@ -10,8 +13,11 @@ import pytest
 from rich.console import Console
 
 from alignpipe.compose.composition import compose
+from alignpipe.evaluation.reward_function import RewardFunction
+from alignpipe.pipeline.functions import find_function
 from alignpipe.pipeline.plan import Plan, make_plan
 from alignpipe.pipeline.plan_table import print_plan
+from tests.project import SMALL
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -56,3 +62,22 @@ def test_arithmetic_gives_the_parts_of_the_plan_above_it() -> None:
 
 def test_docs_say_that_large_models_are_planned_and_not_run() -> None:
     assert "**The tables below are planned, not run**" in TEXT
+
+
+REWARDS = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def test_rewards_page_has_a_function_that_works_and_commands_that_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = re.findall(r"^```python\n(.*?)^```$", REWARDS, flags=re.MULTILINE | re.DOTALL)
+    Path("my_reward.py").write_text(source, encoding="utf-8")
+    score = RewardFunction(find_function("reward.function", "./my_reward.py:score"))
+    assert score(["Why?"] * 3, ["No.", "one two three four five", "word " * 31]).tolist() == [0.0, 1.0, 0.0]
+    commands = re.findall(r"^alignpipe plan (.*)$", REWARDS.replace("\\\n", ""), flags=re.MULTILINE)
+    plans = [make_plan(compose([*SMALL, *shlex.split(command)]).config) for command in commands]
+    reads = [row.reads for plan in plans for row in plan.rows]
+    assert len(commands) == 3
+    for shown in ("reward=1*rm+0.5*my_reward.py:score", "reward=1*my_reward.py:score", "gate=safety_rm<0.15"):
+        assert any(shown in words for words in reads), shown

@@ -54,3 +54,29 @@ def test_every_pipeline_and_kind_is_in_the_readme() -> None:
     for path in (ROOT / "conf" / "pipeline").glob("*.yaml"):
         assert f"`{path.stem}`" in README
     assert all(re.search(rf"\b{kind}\b", README) for kind in KINDS)
+
+
+def _features() -> list[tuple[str, str]]:
+    """Words and test file of every row of the table of features."""
+    table = README.split("## What each stage can do", 1)[1].split("\n## ", 1)[0]
+    rows = [
+        [cell.strip() for cell in line.split(" | ")] for line in table.splitlines() if line.startswith("| ")
+    ]
+    return [(row[2].strip("`"), row[3].strip("` |")) for row in rows if row[2].startswith("`")]
+
+
+@pytest.mark.parametrize(("words", "tests"), _features())
+def test_feature_of_the_readme_composes_and_has_its_tests(
+    words: str, tests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (ROOT / tests).is_file()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "my_reward.py").write_text(
+        "def score(prompts, responses):\n    return [1.0 for _ in responses]\n"
+    )
+    compose(shlex.split(words))
+
+
+def test_table_of_features_has_rows_of_every_stage_that_learns() -> None:
+    assert len(_features()) >= 20

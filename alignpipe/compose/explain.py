@@ -263,7 +263,10 @@ def _complaint(error: BaseException, text: str, tree: Callable[[], Tree]) -> str
 
 def _missing_value(key: str) -> str:
     if key.endswith("reward_model"):
-        return f"is not set; name a reward model: {key}=latest/rm (the newest one), RUN/rm or a folder"
+        return (
+            f"is not set; name a reward model: {key}=latest/rm (the newest one), RUN/rm or a folder; "
+            f"or null, beside a function of your own (reward.function)"
+        )
     return f"has no value; set it: {key}=VALUE"
 
 

@@ -19,7 +19,7 @@ The seed of round k is the stage's own plus 1000 (k - 1): the same prompts are a
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -30,6 +30,8 @@ from alignpipe.errors import ConfigError, did_you_mean
 
 # Far enough apart that the seeds of a sweep, 0, 1, 2, do not meet those of rounds.
 SEED_STEP = 1000
+# The input that a first round does without: the rankings of the rounds before.
+PREVIOUS = "previous"
 _OVERRIDES = "pipeline.round_overrides"
 _NUMBERED = re.compile(r"\+{0,2}stages\.([^.=@]+)_([1-9]\d*)\.([^=]+=.*)", re.DOTALL)
 
@@ -235,12 +237,14 @@ class _Names:
             value, at = getattr(section, spec.name), f"{key}.{spec.name}"
             if is_dataclass(value):
                 changes[spec.name] = self.resolved(value, at)
-            elif not spec.metadata.get("in_key", True):
+            elif not spec.metadata.get("in_key", True) or spec.metadata.get("names"):
                 # Names of inputs are in no key: what they stand for is.
-                changes[spec.name] = self._meant(value, at, optional=type(None) in get_args(spec.type))
+                changes[spec.name] = self._meant(value, at, optional=spec.name == PREVIOUS)
         return replace(section, **changes)
 
     def _meant(self, value: Any, key: str, *, optional: bool) -> Any:
+        if isinstance(value, dict):
+            return {self._meant(name, f"{key}.{name}", optional=False): item for name, item in value.items()}
         if isinstance(value, list):
             several = [meant for item in value for meant in self._several(item)]
             return [meant for place, meant in enumerate(several) if meant not in several[:place]]

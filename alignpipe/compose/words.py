@@ -22,9 +22,11 @@ _GROUPS: dict[str, tuple[str, type[AlignpipeError]]] = {
 }
 _STAGE_DATA = re.compile(r"(stage|stages\.[^.=]+)\.(data|demonstrations|text_data|ptx_data)")
 # Sections whose keys are the user's own: Hydra wants a sign that they are new.
-_OPEN = re.compile(r"(gates|pipeline\.(from_round|round_overrides))(\..+)?|(.*\.)?mixture")
+_OPEN = re.compile(
+    r"(gates|pipeline\.(from_round|round_overrides)|(.*\.)?reward\.models)(\..+)?|(.*\.)?mixture"
+)
 _TAKES_PATH = re.compile(
-    r"(.*\.)?(path|policy|previous|reference|reward_model|selection_model|win_rate_against|templates|"
+    r"(.*\.)?(path|policy|previous|reference|reward_model|selection_model|win_rate_against|templates|function|gate\.model|"
     r"chat_template|output_dir)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -51,9 +53,10 @@ def rewrite(words: Iterable[str], options: Callable[[str], list[str]], *, multir
             rewritten += _group_words(key, value, options(key), multirun)
         elif equals and _STAGE_DATA.fullmatch(key):
             rewritten.append(_stage_data_word(key, value, multirun))
-        elif equals and _OPEN.fullmatch(key):
+        elif equals and _OPEN.fullmatch(key.lstrip("+")):
             # A bound such as >=0.7 is not of Hydra's grammar without quotes.
-            rewritten.append(f"++{word}" if parse(word) else f"++{key}={quote(value)}")
+            plain = key.lstrip("+")
+            rewritten.append(f"++{plain}={value}" if parse(word) else f"++{plain}={quote(value)}")
         elif equals and _TAKES_PATH.fullmatch(key.lstrip("+")) and parse(word) is None:
             rewritten.append(f"{key}={quote(value)}")
         else:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from alignpipe.evaluation.overoptimization import equivalent_best_of_n
 from alignpipe.evaluation.response_measures import Columns
 from alignpipe.evaluation.responses import Response
+from alignpipe.evaluation.rewards import TERM
 from alignpipe.evaluation.statistics import Figure, mean_figure, paired_interval, ratio_figure
 from alignpipe.evaluation.text_measures import distinct, expectation_adjusted_distinct, words_of
 from alignpipe.evaluation.win_rate import differences, length_controlled_win_rate, preferences, win_rate
@@ -80,8 +81,11 @@ def written(figures: Figures, prejudice: Mapping[str, Any] | None) -> dict[str, 
             place = place.setdefault(part, {})
         place[last] = figures[name].value if name in figures else None
     ends = {name: [figure.low, figure.high] for name, figure in figures.items()}
+    terms = {
+        name.removeprefix(TERM): figure.value for name, figure in figures.items() if name.startswith(TERM)
+    }
     result["gold"]["ci95"] = ends.get("gold.overall")
-    return {**result, "ci95": ends, "prejudice": prejudice}
+    return {**result, **({"reward_terms": terms} if terms else {}), "ci95": ends, "prejudice": prejudice}
 
 
 def gains(columns: Sequence[Columns]) -> list[dict[str, Any]]:

@@ -35,7 +35,6 @@ from alignpipe.training.context import Context
 LOOKING = 2**31
 
 Scores = NDArray[np.float64]
-Proxy = Callable[[Sequence[Example]], Scores]
 # Texts of the prompts, texts of the responses, both as tokens -> (N,)
 Judge = Callable[[Sequence[str], Sequence[str], Sequence[Example]], Scores]
 
@@ -46,7 +45,7 @@ def load_monitor(
     tokenizer: Tokenizer,
     policy: PreTrainedModel,
     reference: Callable[[], PreTrainedModel],
-    proxy: Proxy | None = None,
+    proxy: Judge | None = None,
 ) -> "Monitor":
     """The monitor of a stage, as its configuration says.
 
@@ -119,6 +118,11 @@ class Monitor:
     def modules(self) -> Mapping[str, nn.Module]:
         """What is saved and resumed beside the models."""
         return {} if self._best is None else {"best": self._best}
+
+    @property
+    def went_back(self) -> bool:
+        """Whether the policy has the weights of the best look."""
+        return self._best is not None and self._stopped_at is not None
 
     def values(self) -> dict[str, Any]:
         """What is saved with a state, as JSON."""
@@ -214,7 +218,7 @@ class _Eyes:
     tokenizer: Tokenizer
     policy: PreTrainedModel
     reference: PreTrainedModel
-    proxy: Proxy | None
+    proxy: Judge | None
     judge: Judge | None
     prompts: Sequence[Sequence[int]]
     texts: Sequence[str]
@@ -233,10 +237,12 @@ class _Eyes:
         own = np.array([sum(sample.logprobs) for sample in flat])
         lengths = np.array([len(sample.ids) for sample in flat])
         log_ratios = own - reference.double().numpy()
-        proxy = log_ratios if self.proxy is None else self.proxy(examples)
+        texts = [text for text in self.texts for _ in range(self.config.monitor.num_samples)]
+        answers = [self.tokenizer.decode(sample.ids) for sample in flat]
+        proxy = log_ratios if self.proxy is None else self.proxy(texts, answers, examples)
         return Look(
             at=done,
-            scores=self._scores(flat, examples),
+            scores=self._scores(texts, answers, examples),
             proxy=float(proxy.mean()),
             kl=float(log_ratios.mean()),
             entropy=float(-own.sum() / lengths.sum()),
@@ -260,14 +266,13 @@ class _Eyes:
                 batch_size=self.config.generation_batch_size,
             ).samples
 
-    def _scores(self, samples: Sequence[Sample], examples: Sequence[Example]) -> list[float]:
+    def _scores(
+        self, texts: Sequence[str], answers: Sequence[str], examples: Sequence[Example]
+    ) -> list[float]:
         """The judge's mean for each prompt."""
         if self.judge is None:
             return []
-        number = self.config.monitor.num_samples
-        texts = [text for text in self.texts for _ in range(number)]
-        answers = [self.tokenizer.decode(sample.ids) for sample in samples]
-        scores = self.judge(texts, answers, examples).reshape(-1, number).mean(1)
+        scores = self.judge(texts, answers, examples).reshape(-1, self.config.monitor.num_samples).mean(1)
         return [float(score) for score in scores]
 
 

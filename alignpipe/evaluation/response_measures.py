@@ -12,21 +12,21 @@ from alignpipe.evaluation import text_measures
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.questions import Questions
 from alignpipe.evaluation.responses import Response
-from alignpipe.evaluation.rewards import RewardModel
+from alignpipe.evaluation.rewards import Reward
 from alignpipe.toy import judge
 
 Columns = dict[str, NDArray[np.float64]]
 
 
 def response_columns(
-    questions: Questions, responses: Sequence[Sequence[Response]], reward_model: RewardModel | None
+    questions: Questions, responses: Sequence[Sequence[Response]], reward: Reward | None
 ) -> Columns:
     """One value a response of all that can be told without the policy.
 
     Args:
         questions: N of them.
         responses: K to each.
-        reward_model: scores them, if there is one.
+        reward: of them, if there is one; its terms are columns too.
 
     Returns:
         Name of the figure -> (N, K).
@@ -35,12 +35,13 @@ def response_columns(
     texts = [response.text for response in flat]
     refuses = judge.is_refusal if questions.judged else text_measures.is_refusal
     bodies = [response.ids[: len(response.ids) - response.finished] for response in flat]
+    asked = [text for text, row in zip(questions.texts, responses, strict=True) for _ in row]
     found: Columns = {}
     if questions.judged:
-        asked = [text for text, row in zip(questions.texts, responses, strict=True) for _ in row]
         found = {f"gold.{measure}": values for measure, values in gold_scores(asked, texts).items()}
-    if reward_model is not None:
-        found["reward"] = reward_model(questions.examples(responses))
+    if reward is not None:
+        scored = reward(asked, texts, questions.examples(responses))
+        found |= {"reward": scored.rewards, **scored.columns}
     rest = {
         "length": [len(response.ids) for response in flat],
         "words": [len(text_measures.words_of(text)) for text in texts],

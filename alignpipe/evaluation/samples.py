@@ -12,10 +12,14 @@ from alignpipe.training.context import Context
 
 def log_samples(
     policy: PreTrainedModel, tokenizer: Tokenizer, config: SFTConfig | DPOConfig, context: Context, step: int
-) -> None:
-    """Sample `config.num_samples` responses, one a prompt; nothing where the data has no prompts."""
+) -> dict[str, float]:
+    """Sample `config.num_samples` responses, one a prompt; nothing where the data has no prompts.
+
+    Returns:
+        `eos_rate`, the share of them that ended by themselves; nothing where nothing was sampled.
+    """
     if config.num_samples == 0 or "prompts" not in context.record_types("data", config.data):
-        return
+        return {}
     records = context.records("data", config.data, Prompt, "eval")
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, "drop")
     prompts = encoded.examples[: config.num_samples]
@@ -27,3 +31,4 @@ def log_samples(
             for index, row in zip(encoded.kept, responses, strict=False)
         ],
     )
+    return {"eos_rate": sum(row[0].finished for row in responses) / len(responses)} if responses else {}

@@ -24,6 +24,7 @@ from alignpipe.config import (
     SamplingConfig,
     StageConfig,
     num_selected,
+    reward_models,
 )
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.pipeline.accelerators import UTILISATION, Machine
@@ -175,8 +176,9 @@ def _effort(
     if isinstance(config, EvalConfig):
         total = rows.mean + config.max_response_length
         asked = _sampled(config, shape, rows.used, config.num_samples, rows.mean, setting)
-        # Scored by the reward model, and by policy and reference for their KL.
-        scored = _read(shape, rows.used * config.num_samples * total, total, 3)
+        # Scored by the reward models, and by policy and reference for their KL.
+        passes = len(reward_models(config)) + 2
+        scored = _read(shape, rows.used * config.num_samples * total, total, passes)
         return (asked + scored).times(len(config.policies))
     return None if steps is None else _learning_effort(config, shape, rows, rows.used, steps, setting)
 
@@ -193,7 +195,7 @@ def _learning_effort(
     if isinstance(config, RSConfig):
         prompts, total = used * (1 - config.replay) / num_selected(config), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
-        scored = prompts * config.num_samples * total
+        scored = prompts * config.num_samples * total * len(reward_models(config))
         return asked + _read(shape, scored, total, 1, head=False) + _read(shape, items * total, total, passes)
     return _read(shape, items * mean, mean, passes)
 
@@ -218,7 +220,8 @@ def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Se
     tokens = config.rollout_size * config.num_samples * total
     learners = 1 + config.has_value_model
     asked = _sampled(config, shape, config.rollout_size, config.num_samples, mean, setting)
-    read = _read(shape, tokens, total, 2 + learners + learners * config.ppo_epochs * _passes(setting))
+    passes = 1 + learners + len(reward_models(config)) + learners * config.ppo_epochs * _passes(setting)
+    read = _read(shape, tokens, total, passes)
     if config.ptx_coef > 0:
         rows = config.updates_per_rollout * config.ptx_batch_size
         read += _read(shape, rows * total, total, _passes(setting))

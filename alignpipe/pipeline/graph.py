@@ -30,6 +30,8 @@ from alignpipe.config import (
     RSConfig,
     StageConfig,
     StageMonitorConfig,
+    is_composed,
+    reward_models,
 )
 from alignpipe.data.counterfactuals import read_templates
 from alignpipe.data.hub import is_hub_id
@@ -37,6 +39,7 @@ from alignpipe.data.records import RecordType
 from alignpipe.data.reward_bench import read_reward_bench
 from alignpipe.data.sources import DataSource, find_mixture, find_source, holds_world, readable_types
 from alignpipe.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from alignpipe.pipeline.functions import find_function
 from alignpipe.pipeline.hub import model_folder, resolve_revision
 from alignpipe.pipeline.references import (
     DataRef,
@@ -47,6 +50,7 @@ from alignpipe.pipeline.references import (
     newest_stages,
 )
 from alignpipe.pipeline.store import Store, run_stages
+from alignpipe.task import FunctionInput
 
 # What a kind reads, what share of the prompts it sees, and what type of record it wants first.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -84,7 +88,6 @@ SECOND_DATA = {"rm": "demonstrations", "rs": "demonstrations", "ppo": "ptx_data"
 BENCHMARK = "benchmark"
 # The reward model that watches a training which another one steers; its key stands under `monitor`.
 JUDGE = "judge"
-SCALAR_ROLES = ("reward_model", JUDGE)
 TEXT_DATA = "text_data"
 TEMPLATES = "templates"
 
@@ -103,6 +106,16 @@ def wanted(config: StageConfig) -> tuple[RecordType, ...]:
     return WANTED[config.kind]
 
 
+def is_reward(role: str) -> bool:
+    """Whether a role is a reward model's that a stage is trained on: `reward_model`, `reward_0`, ..."""
+    return role.startswith("reward_")
+
+
+def is_scorer(role: str) -> bool:
+    """Whether a role is a reward model's: one that is trained on, or the one that watches."""
+    return is_reward(role) or role == JUDGE
+
+
 @dataclass
 class Node:
     """One stage of a run, with its inputs.
@@ -112,6 +125,7 @@ class Node:
         config: of the stage.
         models: by role; those of a list are `policy_0`, `policy_1`, ...
         data: by role.
+        functions: of the user's own, by role.
         in_order: False for a stage that is only read from the store.
         key: hash of everything that decides the result; filled in by `keys`.
         inputs: what the key is made of.
@@ -121,6 +135,7 @@ class Node:
     config: StageConfig
     models: dict[str, ModelRef] = field(default_factory=dict)
     data: dict[str, DataRef] = field(default_factory=dict)
+    functions: dict[str, FunctionInput] = field(default_factory=dict)
     in_order: bool = True
     key: str = ""
     inputs: dict[str, object] = field(default_factory=dict)
@@ -134,6 +149,11 @@ class Node:
     def opened(self) -> dict[str, ModelRef]:
         """Those of its models whose weights the stage opens."""
         return {role: ref for role, ref in self.models.items() if role.partition("_")[0] not in ROWS}
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether it has a reward that is anything but the score of one reward model."""
+        return isinstance(self.config, RSConfig | PPOConfig | EvalConfig) and is_composed(self.config.reward)
 
     @property
     def parents(self) -> list[str]:
@@ -252,6 +272,7 @@ class _Resolver:
             several, role = LISTS[config.kind]
             for index, label in enumerate(getattr(config, several)):
                 node.models[f"{role}_{index}"] = self._model(name, several, label)
+        self._add_reward(node)
         node.data["data"] = self._data(name, "data", config.data, wanted(config))
         self._add_second_data(node)
         self._add_benchmark(node)
@@ -264,8 +285,9 @@ class _Resolver:
     def _key(self, stage: str, key: str) -> str:
         return f"stage.{key}" if self.alone else f"stages.{stage}.{key}"
 
-    def _model(self, stage: str, role: str, label: str) -> ModelRef:
-        key = self._key(stage, "monitor.judge" if role == JUDGE else role)
+    def _model(self, stage: str, role: str, label: str, at: str | None = None) -> ModelRef:
+        """The weights of a role; `at` is the key that names them, where that is not the role."""
+        key = self._key(stage, at or role)
         if label == MISSING:
             raise ConfigError(f"{key}: is not given; {self._offer(role)}")
         if label == BASE:
@@ -318,23 +340,24 @@ class _Resolver:
     def _of_kind(self, ref: ModelRef, role: str, key: str) -> ModelRef:
         if role in ROWS:
             return _of_rows(ref, role, key)
-        wanted = ("rm",) if role in SCALAR_ROLES else POLICY_KINDS
+        scores = is_scorer(role)
+        wanted = ("rm",) if scores else POLICY_KINDS
         if ref.kind is not None and ref.kind not in wanted:
             raised = ConfigError if ref.stage is not None else CheckpointError
-            need = "a reward model (rm)" if role in SCALAR_ROLES else f"a policy ({', '.join(POLICY_KINDS)})"
+            need = "a reward model (rm)" if scores else f"a policy ({', '.join(POLICY_KINDS)})"
             raise raised(f"{key}: {ref.name} is made by a stage of kind {ref.kind}; needed is {need}")
         if ref.kind is None and ref.stage is None and ref.path != TINY:
             scalar = is_scalar(model_folder(ref.path, ref.revision))
-            if scalar != (role in SCALAR_ROLES):
+            if scalar != scores:
                 held = (
                     "a classifier with a scalar head" if scalar else "a language model without a scalar head"
                 )
-                wanted_model = "reward model" if role in SCALAR_ROLES else "policy"
+                wanted_model = "reward model" if scores else "policy"
                 raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {wanted_model}")
         return ref
 
     def _offer(self, role: str) -> str:
-        wanted = "rm" if role == "reward_model" else "sft"
+        wanted = "rm" if is_scorer(role) else "sft"
         for run in self.store.runs():
             for stage in run_stages(run):
                 if stage["kind"] == wanted and self.store.find(stage["kind"], stage["key"]) is not None:
@@ -407,6 +430,19 @@ class _Resolver:
         elif isinstance(config, RSConfig) and config.replay > 0:
             key = self._key(node.name, "replay")
             raise ConfigError(f"{key}: {data.path} has no demonstrations to replay; set {key}=0")
+
+    def _add_reward(self, node: Node) -> None:
+        """What a reward is made of beside `reward_model`."""
+        config = node.config
+        if not isinstance(config, RSConfig | PPOConfig | EvalConfig):
+            return
+        for role, label in reward_models(config).items():
+            if role not in node.models:
+                at = f"reward.models.{label}" if label in config.reward.models else "reward.gate.model"
+                node.models[role] = self._model(node.name, role, label, at)
+        if config.reward.function is not None:
+            key = self._key(node.name, "reward.function")
+            node.functions["reward"] = find_function(key, config.reward.function)
 
     def _add_benchmark(self, node: Node) -> None:
         """A stage rm is scored on a benchmark's file where one is named; it is read whole here, before any step."""
@@ -482,9 +518,9 @@ class _Resolver:
         # A collect stage samples responses to prompts of the embedded world.
         toy = source is None or source.kind in (TOY, "collect")
         if config.judge not in JUDGES:
-            judge = node.models[JUDGE] = self._model(node.name, JUDGE, config.judge)
-            trained_on = node.models.get("reward_model")
-            if trained_on is not None and (judge.stage, judge.path) == (trained_on.stage, trained_on.path):
+            judge = node.models[JUDGE] = self._model(node.name, JUDGE, config.judge, "monitor.judge")
+            trained_on = {(ref.stage, ref.path) for role, ref in node.models.items() if is_reward(role)}
+            if (judge.stage, judge.path) in trained_on:
                 raise ConfigError(
                     f"{key}: {config.judge} is what {node.name} is trained on, and rises with it; "
                     f"name a reward model that learnt from other labels"

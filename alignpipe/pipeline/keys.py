@@ -58,6 +58,10 @@ def _inputs(
     for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
     _reduce_monitor(settings, node)
+    reward = settings.pop("reward", None)
+    if node.rewarded:
+        settings["reward"] = _reward_inputs(reward, node)
+    functions = {role: f"{found.key[:KEY_LENGTH]} {found.name}" for role, found in node.functions.items()}
     adapter = stage_adapter(config, node)
     return {
         "kind": node.kind,
@@ -65,10 +69,23 @@ def _inputs(
         "settings": settings,
         "models": {role: _model_key(ref, graph, config, hashes) for role, ref in node.models.items()},
         "data": data,
+        **({"functions": functions} if functions else {}),
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
+
+
+def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:
+    """What of a reward takes part; weights and thresholds of what is not there are in no key."""
+    takes_part = {
+        "models": bool(reward["models"]),
+        "function_weight": "reward" in node.functions,
+        "ensemble": reward["ensemble"] != "sum",
+        "uncertainty_penalty": reward["ensemble"] == "mean_minus_std",
+        "gate": reward["gate"]["model"] is not None,
+    }
+    return {name: reward[name] for name, used in takes_part.items() if used}
 
 
 def _reduce_monitor(settings: dict[str, Any], node: Node) -> None:

@@ -47,6 +47,11 @@ def stage_moments(config: Any, models: dict[str, Architecture], work: Work, sett
     return MOMENTS[config.kind](config, models, work, setting)
 
 
+def _rewards(models: dict[str, Architecture]) -> list[Role]:
+    """The frozen reward models of a stage: `reward_model`, `reward_0`, ..."""
+    return [Role(shape, scalar=True) for role, shape in models.items() if role.startswith("reward_")]
+
+
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """A reward model that chooses the epoch stays through training; those that select rows are gone before it."""
     policy = Role(models["policy"])
@@ -105,17 +110,18 @@ def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting
 
 
 def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    """The reward model stays in memory while its choices are learnt."""
-    policy, reward = Role(models["policy"]), Role(models["reward_model"], scalar=True)
+    """The reward models stay in memory while their choices are learnt."""
+    policy, rewards = Role(models["policy"]), _rewards(models)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
-    held = held_memory(setting, trained=[policy], frozen=[reward, *_watching(config, models, policy)])
+    held = held_memory(setting, trained=[policy], frozen=[*rewards, *_watching(config, models, policy)])
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    scored = Batch(config.micro_batch_size, length)
     return [
         *sampling_moments(
             before, policy, config, work.longest, config.num_prompts, config.num_samples, setting
         ),
-        scoring_moment(replace(held, optimizer=0.0), reward, Batch(config.micro_batch_size, length), setting),
+        *(scoring_moment(replace(held, optimizer=0.0), reward, scored, setting) for reward in rewards),
         *training_moments(held, policy, batch, config, setting),
         *_looks(config, held, policy, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
@@ -125,9 +131,8 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
 def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """Four models and two optimizers at once, three and one without a value model; one learns at a time."""
     policy, reference = Role(models["policy"]), Role(models["reference"])
-    trained, frozen = [policy], [reference, *_watching(config, models, reference)[1:]]
-    if "reward_model" in models:
-        frozen.append(Role(models["reward_model"], scalar=True))
+    trained = [policy]
+    frozen = [reference, *_rewards(models), *_watching(config, models, reference)[1:]]
     # It starts as the reward model.
     value = Role(models.get("reward_model", models["policy"]), scalar=True)
     if config.has_value_model:
@@ -204,17 +209,17 @@ def _collect(
 def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """One policy at a time beside the reward model, then the reference in its place."""
     policy = Role(models["policy"])
-    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
-    held = replace(held_memory(setting, trained=[policy], frozen=reward), optimizer=0.0)
+    rewards = _rewards(models)
+    held = replace(held_memory(setting, trained=[policy], frozen=rewards), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
     batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
     moments = sampling_moments(
         held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
     )
-    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in reward]
+    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in rewards]
     if "reference" in models:
         reference = Role(models["reference"])
-        beside = held_memory(setting, frozen=[*reward, reference])
+        beside = held_memory(setting, frozen=[*rewards, reference])
         moments.append(scoring_moment(held, policy, batch, setting))
         moments.append(scoring_moment(beside, reference, batch, setting))
     if config.text_rows:

@@ -13,12 +13,17 @@ from alignpipe.config import (
     TINY,
     Config,
     DPOConfig,
+    EvalConfig,
     OptimizerConfig,
     PPOConfig,
+    RSConfig,
     SFTConfig,
+    StageConfig,
     TrainingConfig,
+    is_composed,
     num_ppo_steps,
     num_steps,
+    reward_weights,
 )
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
@@ -29,7 +34,7 @@ from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import LISTS, Graph, Node, build_graph
+from alignpipe.pipeline.graph import LISTS, Graph, Node, build_graph, is_reward
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.launch import num_processes
@@ -262,7 +267,10 @@ def _row(
     )
     several, listed = LISTS.get(node.kind, ("", " "))
     lists = [ref.name for role, ref in node.models.items() if role.startswith(f"{listed}_")]
-    reads = [f"{role}={ref.name}" for role, ref in node.models.items() if not role.startswith(f"{listed}_")]
+    alone = [role for role in node.models if not role.startswith(f"{listed}_")]
+    if node.rewarded:
+        alone = [role for role in alone if not is_reward(role)]
+    reads = [f"{role}={node.models[role].name}" for role in alone] + _reward_words(node.config)
     reads += [f"{several}={','.join(lists)}"] if lists else []
     reads += [
         f"{role}={'+'.join(Path(name).name for name in ref.name.split(' + '))}"
@@ -270,6 +278,18 @@ def _row(
     ]
     steps = _steps(node, counted)
     return PlanRow(node.name, node.kind, node.key, " ".join(reads), counted.used, steps, "", disk, state, why)
+
+
+def _reward_words(config: StageConfig) -> list[str]:
+    """What a reward is made of, such as `reward=1*helpful+0.5*safety gate=safety<0.15`; nothing for one model alone."""
+    if not isinstance(config, RSConfig | PPOConfig | EvalConfig) or not is_composed(config.reward):
+        return []
+    reward = config.reward
+    models = "+".join(f"{weight:g}*{name}" for name, weight in reward_weights(config).items())
+    terms = [models if reward.ensemble == "sum" else f"{reward.ensemble}({models})"] if models else []
+    terms += [f"{reward.function_weight:g}*{Path(reward.function).name}"] if reward.function else []
+    gate = [f"gate={reward.gate.model}<{reward.gate.below:g}"] if reward.gate.model else []
+    return [f"reward={'+'.join(terms)}", *gate]
 
 
 def trains(node: Node) -> bool:

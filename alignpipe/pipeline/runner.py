@@ -233,15 +233,21 @@ class Runner:
             raise
         except AlignpipeError as error:
             self._note(node, state="failed", error=str(error))
-            raise
+            if error.trace is None:
+                raise
+            raise AlignpipeError(f"{error}; see {self._keep(node, error.trace)}") from error
         except Exception as error:
-            log = self._folder / f"{node.name}.{ERROR_LOG}"
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            log = self._keep(node, traceback.format_exc())
             self._note(node, state="failed", error=f"{type(error).__name__}: {error}")
             first = str(error).strip().partition("\n")[0]
             raise AlignpipeError(
                 f"stage {node.name} failed: {type(error).__name__}: {first}; see {log}"
             ) from error
+
+    def _keep(self, node: Node, trace: str) -> Path:
+        log = self._folder / f"{node.name}.{ERROR_LOG}"
+        log.write_text(trace, encoding="utf-8")
+        return log
 
     def _wait(self, node: Node, holder: str) -> None:
         if self._stage(node)["state"] != "waiting for another run":

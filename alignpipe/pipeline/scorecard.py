@@ -166,6 +166,11 @@ def _words(scorecard: dict[str, Any]) -> list[str]:
         f"[{gain['ci95'][0]:+.3f}, {gain['ci95'][1]:+.3f}]"
         for gain in scorecard["gains"]
     ]
+    for name, figures in scorecard["policies"].items():
+        if terms := figures.get("reward_terms"):
+            lines.append(
+                f"reward of {name}: " + "  ".join(f"{term} {mean:.3f}" for term, mean in terms.items())
+            )
     if scorecard["win_rate_against"] is not None:
         lines.append(
             f"wins are over {scorecard['win_rate_against']}; LC is what they would be at equal length"

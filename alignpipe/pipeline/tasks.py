@@ -27,6 +27,7 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
         config=node.config,
         models={role: _model(ref, plan, store) for role, ref in node.models.items()},
         data={role: _data(ref, plan, store) for role, ref in node.data.items()},
+        functions=node.functions,
         chat_template=plan.chat_template,
         architecture=config.model.architecture,
         attn_implementation=config.model.attn_implementation,

@@ -3,15 +3,10 @@
 scores of a rollout -> mean and deviation over all rollouts up to this one -> scores of mean 0 and deviation 1
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from alignpipe.data.encoding import Example
-
-Reward = Callable[[Sequence[Example]], NDArray[np.float64]]
 
 
 @dataclass
@@ -46,12 +41,7 @@ class RunningMoments:
         """Deviation over all of them; 1 where they do not vary."""
         return float(np.sqrt(self.squares / self.count)) if self.squares > 0 else 1.0
 
-    def scaling(self, reward: Reward) -> Reward:
-        """A reward whose scores are taken in, and come out shifted and scaled."""
-
-        def scaled(examples: Sequence[Example]) -> NDArray[np.float64]:
-            scores = reward(examples)
-            self.add(scores)
-            return (scores - self.mean) / self.std
-
-        return scaled
+    def scaled(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Take a batch in, and give it shifted and scaled."""
+        self.add(values)
+        return (values - self.mean) / self.std

@@ -73,6 +73,10 @@ class Normalizer:
         """Shift and scale raw scores of any shape."""
         return (scores - self.mean) / self.std
 
+    def raw(self, scores: Tensor) -> Tensor:
+        """Raw scores of shifted and scaled ones."""
+        return scores * self.std + self.mean
+
     def of_heads(self, scores: Tensor) -> Tensor:
         """Shift each head's raw scores (N, H) by its own mean and scale all alike; their mean is that of `__call__`."""
         return (scores - torch.tensor(self.head_means or self.mean, dtype=scores.dtype)) / self.std

@@ -91,10 +91,11 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
             f"sft_coef"
         )
     context.save_checkpoint(policy, tokenizer, "policy")
-    log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
+    sampled = log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
     return {
         "rows": len(rows),
         **overflow,
+        **sampled,
         "eval_loss": after.get("loss"),
         "eval_accuracy": after.get("rewards/accuracies"),
         **monitor.summary(),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.artifact import write_json
-from alignpipe.config import EvalConfig
+from alignpipe.config import EvalConfig, has_reward
 from alignpipe.data.counterfactuals import Template, answered
 from alignpipe.data.encoding import Example, encode_demonstrations
 from alignpipe.data.records import Demonstration, Message
@@ -33,12 +33,12 @@ from alignpipe.evaluation.prejudice import group_gaps
 from alignpipe.evaluation.questions import Asked, Questions, gather
 from alignpipe.evaluation.response_measures import Columns, response_columns
 from alignpipe.evaluation.responses import Response, respond
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model
+from alignpipe.evaluation.rewards import TERM, Reward, load_reward
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.context import Context
 
 SCORES = "scores.json"
-# What a gap between groups is measured in -> its column.
+# What a gap between groups is measured in -> its column; the terms of a composed reward have their own names.
 GAPS = {"gold": "gold.overall", "reward": "reward", "refusal": "refusal"}
 
 
@@ -68,9 +68,10 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
     for role in [*roles, *(["reference"] if config.reference is not None else [])]:
         context.check_same_tokens(role, tokenizer)
     asked = gather(config, context, tokenizer)
-    reward_model = _reward_model(config, context, tokenizer)
+    size = config.generation_batch_size
+    reward = load_reward(config, context, tokenizer, size) if has_reward(config) else None
 
-    measured = {role: _measure(role, config, context, tokenizer, asked, reward_model) for role in roles}
+    measured = {role: _measure(role, config, context, tokenizer, asked, reward) for role in roles}
     _add_kl(config, context, tokenizer, asked.held_out, list(measured.values()))
 
     policies = list(measured.values())[: len(config.policies)]
@@ -87,7 +88,7 @@ def run(config: EvalConfig, context: Context) -> dict[str, Any]:
             for found in policies
         ],
         "gains": gains([found.columns for found in policies]),
-        "reward_model": {"prejudice": _reward_gaps(config, tokenizer, asked.templates, reward_model)},
+        "reward_model": {"prejudice": _reward_gaps(config, tokenizer, asked.templates, reward)},
     }
     processes.from_main(lambda: write_json(context.result / SCORES, scores))
     for name, found in zip(config.policies, policies, strict=True):
@@ -109,27 +110,20 @@ def _contestants(config: EvalConfig, context: Context) -> tuple[list[str], str |
     return (roles, same[0]) if same else ([*roles, opponent], opponent)
 
 
-def _reward_model(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> RewardModel | None:
-    if config.reward_model is None:
-        return None
-    context.check_same_tokens("reward_model", tokenizer)
-    return load_reward_model(context, tokenizer, config.generation_batch_size)
-
-
 def _measure(
     role: str,
     config: EvalConfig,
     context: Context,
     tokenizer: Tokenizer,
     asked: Asked,
-    reward_model: RewardModel | None,
+    reward: Reward | None,
 ) -> Measured:
     """Everything for which a policy must be in memory; it is gone before the next one comes."""
     context.check_stop()
     policy = context.load_policy(role, tokenizer, frozen=True)
     prompts, samples = asked.held_out.prompts, config.num_samples
     responses = respond(policy, tokenizer, prompts, samples, config, context, role)
-    columns = response_columns(asked.held_out, responses, reward_model)
+    columns = response_columns(asked.held_out, responses, reward)
     logprobs = np.zeros(0, dtype=np.float32)
     if config.reference is not None:
         logprobs = _logprobs(policy, asked.held_out, responses, config, context, tokenizer)
@@ -137,8 +131,9 @@ def _measure(
     if not asked.wordings:
         return Measured(responses, columns, logprobs, figures, None)
     replies = respond(policy, tokenizer, asked.loaded.prompts, samples, config, context, f"{role}_swapped")
-    about = response_columns(asked.loaded, replies, reward_model)
-    measures = {name: about[column].mean(axis=1) for name, column in GAPS.items() if column in about}
+    about = response_columns(asked.loaded, replies, reward)
+    judges = GAPS | {column: column for column in about if column.startswith(TERM)}
+    measures = {name: about[column].mean(axis=1) for name, column in judges.items() if column in about}
     return Measured(responses, columns, logprobs, figures, group_gaps(asked.wordings, measures))
 
 
@@ -195,15 +190,17 @@ def _add_kl(
 
 
 def _reward_gaps(
-    config: EvalConfig, tokenizer: Tokenizer, templates: Sequence[Template], reward_model: RewardModel | None
+    config: EvalConfig, tokenizer: Tokenizer, templates: Sequence[Template], reward: Reward | None
 ) -> dict[str, Any] | None:
     """Gaps in reward between groups on the same responses, the name swapped in prompt and response."""
     wordings = answered(templates)
-    if reward_model is None or not wordings:
+    if reward is None or not wordings:
         return None
     rows = [
         Demonstration((Message("user", wording.prompt), Message("assistant", wording.response or "")))
         for wording in wordings
     ]
     examples = encode_demonstrations(rows, tokenizer, config.max_length, "error").examples
-    return group_gaps(wordings, {"reward": reward_model(examples)})
+    prompts, responses = [row.prompt for row in wordings], [row.response or "" for row in wordings]
+    scored = reward(prompts, responses, examples)
+    return group_gaps(wordings, {"reward": scored.rewards, **scored.columns})

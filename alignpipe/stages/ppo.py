@@ -2,7 +2,7 @@
 
 A rollout, in the paper's order:
 1. sample responses from the policy;
-2. score them with the reward model;
+2. score them with the reward model, or what else stands under `reward`;
 3. shape rewards: the score on the last action, minus the KL to the frozen reference on every action;
 4. advantages: by GAE from the value model, whitened over the whole rollout, or from responses alone;
 5. some epochs of clipped policy and value updates over minibatches.
@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
@@ -27,7 +29,7 @@ from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.monitor import load_monitor
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model, read_normalizer
+from alignpipe.evaluation.rewards import Reward, load_reward, read_normalizer
 from alignpipe.losses.advantages import gae, grpo, reinforce_pp, rloo
 from alignpipe.losses.logprobs import masked_sum, masked_whiten
 from alignpipe.losses.ppo import (
@@ -48,7 +50,7 @@ from alignpipe.rollout.experience import (
     response_texts,
     sample_responses,
 )
-from alignpipe.rollout.scaling import Reward, RunningMoments
+from alignpipe.rollout.scaling import RunningMoments
 from alignpipe.rollout.score import Normalizer, response_logprobs, response_values
 from alignpipe.training.context import Context
 from alignpipe.training.ema import WeightAverage
@@ -77,7 +79,7 @@ class Models:
 
     policy: PreTrainedModel
     reference: PreTrainedModel
-    reward: RewardModel
+    reward: Reward
     value: PreTrainedModel | None
     value_scale: Normalizer
     average: WeightAverage | None
@@ -101,14 +103,15 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` to raise the reward model's score while it stays near `reference`."""
     tokenizer = context.tokenizer("policy")
     models = _load(config, tokenizer, context)
-    monitor = load_monitor(config, context, tokenizer, models.policy, lambda: models.reference, models.reward)
+    monitor = load_monitor(
+        config, context, tokenizer, models.policy, lambda: models.reference, models.reward.rewards
+    )
     modules = {**models.changing, **monitor.modules}
     encoded, texts = _prompts(config, tokenizer, context)
     state = context.resume(modules, models.optimizers)
     first, ended = int(state.get("rollout", 0)), False
     control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
     moments = RunningMoments(*state.get("score_moments", ()))
-    reward = moments.scaling(models.reward) if config.reward_scaling == "running" else models.reward
     order = batches(
         config.seed, len(encoded.examples), config.rollout_size, start=first * config.rollout_size
     )
@@ -121,17 +124,22 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             examples, finished = sample_responses(
                 models.policy, tokenizer, encoded.examples, chosen, rollout, config
             )
-        scores = _scores(config, reward, examples, finished)
+        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
+        answers = response_texts(examples, tokenizer)
+        scored = models.reward(asked, answers, examples)
+        scores = _scores(config, scored.rewards, finished, moments)
         experience, figures = _experience(config, context, models, tokenizer, examples, scores, control.coef)
         ended = control.spent(figures["objective/kl"])
         if not ended:
             figures |= _update(config, context, models, experience, rollout, control.coef)
-        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
-        answers = response_texts(examples, tokenizer)
-        figures |= _gold(context, asked, answers) | {
-            "objective/finished": sum(finished) / len(finished),
-            "objective/kl_coef": control.coef,
-        }
+        figures |= (
+            _gold(context, asked, answers)
+            | scored.figures
+            | {
+                "objective/finished": sum(finished) / len(finished),
+                "objective/kl_coef": control.coef,
+            }
+        )
         control.adapt(figures["objective/kl"], rollout)
         step, done = (rollout + 1) * config.updates_per_rollout, rollout + 1
         if done % config.log_steps == 0 or done == config.num_rollouts or ended:
@@ -146,7 +154,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
             context.save(step, modules, models.optimizers, values | monitor.values())
         if stopping:
             context.stop.end()
-    context.save_checkpoint(models.result(), tokenizer, "policy")
+    # What the judge went back to is handed on as it was judged, not as an average.
+    context.save_checkpoint(models.policy if monitor.went_back else models.result(), tokenizer, "policy")
     return {
         **encoded.figures,
         "reward": figures.get("objective/score"),
@@ -159,19 +168,19 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
 
 def _load(config: PPOConfig, tokenizer: Tokenizer, context: Context) -> Models:
     context.check_same_tokens("reference", tokenizer)
-    context.check_same_tokens("reward_model", tokenizer)
     policy = context.load_policy("policy", tokenizer)
     optimizers = {"policy": make_optimizer(policy, config)}
-    value = None
+    value, value_scale = None, Normalizer()
     if config.has_value_model:
         value = context.load_scalar_model("reward_model", tokenizer)
+        value_scale = read_normalizer(context.model("reward_model").folder())
         optimizers["value"] = make_optimizer(value, config, config.value_learning_rate)
     return Models(
         policy=policy,
         reference=context.load_policy("reference", tokenizer, frozen=True),
-        reward=load_reward_model(context, tokenizer, config.micro_batch_size),
+        reward=load_reward(config, context, tokenizer, config.micro_batch_size),
         value=value,
-        value_scale=read_normalizer(context.model("reward_model").folder()),
+        value_scale=value_scale,
         average=None if config.ema_decay is None else WeightAverage(policy, config.ema_decay),
         ptx=PtxLoss.load(policy, tokenizer, config, context),
         optimizers=optimizers,
@@ -188,10 +197,11 @@ def _prompts(
 
 
 def _scores(
-    config: PPOConfig, reward: Reward, examples: Sequence[Example], finished: Sequence[bool]
+    config: PPOConfig, rewards: NDArray[np.float64], finished: Sequence[bool], moments: RunningMoments
 ) -> Tensor:
-    """Normalised, clipped rewards (B,), less for a response that was cut off."""
-    scores = torch.from_numpy(reward(examples)).float().clamp(-config.score_clip, config.score_clip)
+    """Scaled, clipped rewards (B,), less for a response that was cut off."""
+    scaled = moments.scaled(rewards) if config.reward_scaling == "running" else rewards
+    scores = torch.from_numpy(scaled).float().clamp(-config.score_clip, config.score_clip)
     return scores - config.missing_eos_penalty * (~torch.tensor(finished)).float()
 
 

@@ -32,7 +32,7 @@ from alignpipe.evaluation.candidates import (
 )
 from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.responses import Response, respond
-from alignpipe.evaluation.rewards import RewardModel, load_reward_model
+from alignpipe.evaluation.rewards import Reward, load_reward
 from alignpipe.losses.best_of_n import best_of_n_able
 from alignpipe.losses.rejection import Bools, Floats, Integers, above_median, rso, top_k
 from alignpipe.losses.sft import sft_loss
@@ -61,7 +61,7 @@ SELECT: dict[str, Callable[[RSConfig, Floats, Bools, Integers, int], Integers]] 
 def run(config: RSConfig, context: Context) -> dict[str, Any]:
     """Fine-tune `policy` on the best of its own responses and of the pool's."""
     tokenizer = context.tokenizer("policy")
-    context.check_same_tokens("reward_model", tokenizer)
+    reward = load_reward(config, context, tokenizer, config.micro_batch_size)
     policy = context.load_policy("policy", tokenizer)
     records = context.records("data", config.data, Prompt)
     encoded = encode_prompts(records, tokenizer, config.max_prompt_length, config.data.on_overflow)
@@ -70,19 +70,18 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
 
     policy.train(False)
     responses = respond(policy, tokenizer, prompts, config.num_samples, config, context)
-    reward_model = load_reward_model(context, tokenizer, config.micro_batch_size)
+    asked = [text for text in texts for _ in range(config.num_samples)]
     flat = [r.example(prompt) for prompt, row in zip(prompts, responses, strict=True) for r in row]
-    rewards = reward_model(flat).reshape(len(prompts), config.num_samples)  # (P, N)
+    scored = reward(asked, [response.text for row in responses for response in row], flat)
+    rewards = scored.rewards.reshape(len(prompts), config.num_samples)  # (P, N)
     candidates = [
-        [Candidate(response, float(reward)) for response, reward in zip(row, scores, strict=True)]
+        [Candidate(response, float(score)) for response, score in zip(row, scores, strict=True)]
         for row, scores in zip(responses, rewards, strict=True)
     ]
     processes.from_main(lambda: write_candidates(texts, candidates, context.result / CANDIDATES))
-    for origin, earlier in enumerate(
-        _pool(config, context, tokenizer, reward_model, prompts, texts), start=1
-    ):
+    for origin, earlier in enumerate(_pool(config, context, tokenizer, reward, prompts, texts), start=1):
         for row, pooled in zip(candidates, earlier, strict=True):
-            row += [Candidate(response, reward, origin) for response, reward in pooled]
+            row += [Candidate(response, score, origin) for response, score in pooled]
 
     refused = [
         refusals(prompt, row, config.min_response_length, config.min_reward)
@@ -99,7 +98,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
             f"min_reward or threshold, or train the policy longer"
         )
     figures = _figures(config, rewards, candidates, refused, chosen)
-    _log(context, figures, texts, candidates, chosen)
+    _log(context, figures, scored.figures, texts, candidates, chosen)
 
     replayed = _replayed(config, tokenizer, context, len(best))
     held_out = _encode(config, tokenizer, _demonstrations(config, context, "eval")[: config.eval_rows])
@@ -114,7 +113,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
     def start() -> PreTrainedModel:
         return context.load_policy("policy", tokenizer, frozen=True)
 
-    monitor = load_monitor(config, context, tokenizer, policy, start, reward_model)
+    monitor = load_monitor(config, context, tokenizer, policy, start, reward.rewards)
     after = fit(policy, best + replayed, loss_fn, config, context, evaluate, watcher=monitor)
     context.save_checkpoint(policy, tokenizer, "policy")
     return {
@@ -122,6 +121,7 @@ def run(config: RSConfig, context: Context) -> dict[str, Any]:
         **encoded.figures,
         "eval_loss": after.get("loss"),
         **figures,
+        **scored.figures,
         **monitor.summary(),
     }
 
@@ -130,11 +130,11 @@ def _pool(
     config: RSConfig,
     context: Context,
     tokenizer: Tokenizer,
-    reward_model: RewardModel,
+    reward: Reward,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[str],
 ) -> list[list[list[tuple[Response, float]]]]:
-    """What earlier rounds answered to the same prompts, scored by the reward model of this one.
+    """What earlier rounds answered to the same prompts, rewarded as this one rewards.
 
     Returns:
         For each stage of the pool, for each prompt, its responses with their rewards.
@@ -145,7 +145,9 @@ def _pool(
         known = read_candidates(Path(context.task.models[f"pool_{index}"].path) / CANDIDATES)
         rows = [known.get(text, []) for text in texts]
         flat = [r.example(prompt) for prompt, row in zip(prompts, rows, strict=True) for r in row]
-        scores = iter(reward_model(flat).tolist() if flat else ())
+        asked = [text for text, row in zip(texts, rows, strict=True) for _ in row]
+        said = [response.text for row in rows for response in row]
+        scores = iter(reward.rewards(asked, said, flat).tolist() if flat else ())
         found.append([[(response, next(scores)) for response in row] for row in rows])
     return found
 
@@ -243,13 +245,14 @@ def _told(refused: Sequence[Sequence[str | None]]) -> str:
 def _log(
     context: Context,
     figures: dict[str, Any],
+    terms: dict[str, float],
     texts: Sequence[str],
     candidates: Sequence[Sequence[Candidate]],
     chosen: Sequence[Sequence[Candidate]],
 ) -> None:
     curve = {f"rs/best_of_{n}": value for n, value in enumerate(figures["best_of_n"], start=1)}
     plain = {f"rs/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
-    context.metrics.log(0, plain | curve)
+    context.metrics.log(0, plain | curve | terms)
     context.metrics.samples(
         0,
         [

@@ -54,12 +54,13 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     best = _best_epoch(config, policy, len(rows), tokenizer, context, evaluate)
     after = fit(policy, rows, loss_fn, config, context, evaluate, watcher=best)
     context.save_checkpoint(policy, tokenizer, "policy")
-    log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
+    sampled = log_samples(policy, tokenizer, config, context, num_steps(config, len(rows)))
     return {
         "rows": len(rows),
         "rows_by_source": portion.take(chosen).rows_by_source(),
         **encoded.figures,
         **fates,
+        **sampled,
         "eval_loss": after.get("loss"),
         "eval_loss_before": before.get("loss"),
         **({} if best is None else {"best_epoch": best.best["epoch"], "epochs": best.epochs}),

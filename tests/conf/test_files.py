@@ -10,7 +10,15 @@ import yaml
 from alignpipe.compose import compose
 from alignpipe.compose.composition import built_in_folder
 from alignpipe.compose.yaml_files import check_file, key_lines
-from alignpipe.config import KINDS, PREFERENCE_LOSSES, DataConfig, ModelConfig, inherited
+from alignpipe.config import (
+    KINDS,
+    PREFERENCE_LOSSES,
+    DataConfig,
+    GateConfig,
+    ModelConfig,
+    RewardConfig,
+    inherited,
+)
 
 CONF = built_in_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -37,6 +45,8 @@ def _word(path: Path) -> list[str]:
     """The word that chooses a file."""
     group, _, option = _name(path).removesuffix(".yaml").rpartition("/")
     extra = {"pretrained": ["model.path=x"], "file": ["data.path=x"]}.get(option, [])
+    if group == "reward":
+        return ["stage=ppo", "stage.reward_model=rm", f"reward@stage.reward={option}"]
     needs_reward_model = ["stage.reward_model=rm"] if group == "stage" and option in ("rs", "ppo") else []
     return [f"{group}={option}", *extra, *needs_reward_model] if group else []
 
@@ -54,7 +64,10 @@ def test_every_key_has_a_comment_above_it(path: Path) -> None:
     flow = {found.key for found in key_lines(path) if "{" in text.splitlines()[found.line - 1]}
     for found in key_lines(path):
         top = found.key.split(".")[0]
-        plain_section = found.key in ("run", "stages", "pipeline", "data", "data.labelers", "stages.ppo")
+        # A section of a stage or a group is named by its key, and says nothing that its keys do not.
+        plain_section = re.fullmatch(
+            r"run|stages?|stages\.\w+(\.data)?|pipeline|model|monitor|data(\.labelers)?", found.key
+        )
         inside_flow = any(found.key.startswith(f"{key}.") for key in flow)
         if top in ("defaults", "hydra") or inside_flow or plain_section or found.key == "data.labelers.bias":
             continue
@@ -74,8 +87,20 @@ def test_no_comment_stands_beside_a_value(path: Path) -> None:
 def test_stage_file_sets_every_key_of_its_schema_but_data(kind: str) -> None:
     found = {found.key.split(".")[0] for found in key_lines(CONF / "stage" / f"{kind}.yaml")}
     keys = found - {"defaults"}
-    known = {spec.name for spec in fields(KINDS[kind])} - {"data", "demonstrations", "text_data", "ptx_data"}
+    known = {spec.name for spec in fields(KINDS[kind])} - {
+        "data",
+        "demonstrations",
+        "text_data",
+        "ptx_data",
+        "reward",
+    }
     assert keys == known
+
+
+def test_reward_file_sets_every_key_of_its_schema() -> None:
+    nested = {f"gate.{spec.name}" for spec in fields(GateConfig)}
+    keys = {found.key for found in key_lines(CONF / "reward" / "sum.yaml")} - {"defaults"}
+    assert keys == {spec.name for spec in fields(RewardConfig)} | nested
 
 
 def test_global_package_line_is_the_first_line() -> None:

@@ -241,6 +241,14 @@ def test_wrong_round_gets_one_line(changes: dict[str, Any], expected: str | None
     assert "\n" not in line and len(line) < 500
 
 
+def test_names_inside_a_reward_and_a_monitor_are_those_of_the_round() -> None:
+    words = ["pipeline.rounds=2", "stages.ppo.reward.models={rm:0.5}", "stages.ppo.reward.gate.model=rm"]
+    config = compose(["pipeline=llama2_rounds", *words, "stages.rs.monitor.judge=rm"]).config
+    reward = _value(config.stages["ppo_2"], "reward")
+    assert (reward.models, reward.gate.model) == ({"rm_2": 0.5}, "rm_2")
+    assert [_value(config.stages[name], "monitor").judge for name in ("rs_1", "rs_2")] == ["rm_1", "rm_2"]
+
+
 def test_stage_of_the_name_of_a_copy_is_refused() -> None:
     config = _template()
     with pytest.raises(ConfigError, match=r"^stages.rs_2: rounds make a stage of that name"):

@@ -107,7 +107,8 @@ def test_what_was_not_measured_is_a_dash() -> None:
 def test_wins_and_text_have_a_table_of_their_own_within_100_columns() -> None:
     scorecard = _scorecard((0.0, 1.5), 0.2, (0.1, 0.3))
     scorecard["win_rate_against"] = "sft"
-    everything = {figure: Figure(761.125, 0.0, 1.0) for figure in POLICY_FIGURES}
+    everything = {figure: Figure(0.5, 0.0, 1.0) for figure in POLICY_FIGURES}
+    everything |= {figure: Figure(-761.125, 0.0, 1.0) for figure in ("perplexity", "reward", "kl", "length")}
     for figures, rate in zip(scorecard["policies"].values(), (0.5, 0.625), strict=True):
         figures |= {
             **written(everything, None),
@@ -124,6 +125,14 @@ def test_wins_and_text_have_a_table_of_their_own_within_100_columns() -> None:
     assert "wins are over sft; LC is what they would be at equal length" in text
     tables = text.split("gold sft -> ppo")[0].splitlines()
     assert max(map(len, tables)) <= 100
+
+
+def test_terms_of_a_reward_stay_apart() -> None:
+    scorecard = _scorecard((0.0, 1.5), 0.2, (0.1, 0.3))
+    scorecard["policies"]["ppo"]["reward_terms"] = {"helpful_rm": 1.5, "harmless_rm": -0.75}
+    text = _printed(scorecard)
+    assert "reward of ppo: helpful_rm 1.500  harmless_rm -0.750" in text
+    assert "reward of sft" not in text
 
 
 def test_gaps_between_groups_are_marked_and_named_where_chance_rarely_makes_them() -> None:

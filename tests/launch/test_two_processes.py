@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignpipe.artifact import read_manifest
-from alignpipe.errors import Stopped
+from alignpipe.errors import AlignpipeError, Stopped
 from alignpipe.pipeline.store import TASK
 from alignpipe.task import Task, write_task
 from tests.group import Group
@@ -274,6 +274,34 @@ def test_ppo_and_rs_sample_the_same_responses(group: Group, chain: Project, tmp_
         assert [(row["prompt"], row["response"]) for row in mine] == [
             (row["prompt"], row["response"]) for row in theirs
         ]
+
+
+def test_reward_of_ones_own_is_the_same_on_two_processes(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    # What it gives depends on all responses of the call, so a process with a part of them would give another.
+    text = (
+        "def score(prompts, responses):\n    return [len(r) / len(''.join(responses)) for r in responses]\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    word = f"stages.ppo.reward.function={tmp_path}/mine.py:score"
+    one, two = _beside(chain, tmp_path / "one"), _beside(chain, tmp_path / "two")
+    alone = one.prepare("ppo", *CPU, word, "stages.ppo.reward.function_weight=30")
+    run_stage(alone.work / TASK)
+    both = _run(group, two, "ppo", *TWO, word, "stages.ppo.reward.function_weight=30")
+    assert _largest_difference("ppo", alone.target, both.target) < 1e-5
+    assert [line["reward/function"] for line in _metrics(alone.target)] == pytest.approx(
+        [line["reward/function"] for line in _metrics(both.target)]
+    )
+
+
+def test_mistake_in_a_reward_of_ones_own_is_known_to_both_processes(
+    group: Group, chain: Project, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [1 / 0]\n")
+    word = f"stages.ppo.reward.function={tmp_path}/mine.py:score"
+    with pytest.raises(AlignpipeError, match=r"mine\.py:2: ZeroDivisionError"):
+        _run(group, _beside(chain, tmp_path), "ppo", *TWO, word)
 
 
 def test_more_accumulation_gives_the_same_curve(chain: Project, tmp_path: Path) -> None:

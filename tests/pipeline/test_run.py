@@ -38,12 +38,12 @@ def test_scorecard_has_the_promised_shape(finished: Project) -> None:
         low, high = gold["ci95"]
         assert low <= gold["overall"] <= high
         assert all(isinstance(figures[name], float) for name in ("reward", "kl", "length"))
-        assert set(figures["prejudice"]) == {"gold_gap", "reward_gap", "refusal_gap", "questions"}
+        assert set(figures["prejudice"]) >= {"gold_gap", "reward_gap", "refusal_gap", "questions"}
     # The SFT policy is its own reference.
     assert scorecard["policies"]["sft"]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert scorecard["policies"]["base"]["kl"] != pytest.approx(0.0, abs=1e-3)
-    assert set(scorecard["reward_model"]) == {"accuracy", "gold_accuracy"}
-    assert all(0 <= value <= 1 for value in scorecard["reward_model"].values())
+    assert set(scorecard["reward_model"]) >= {"accuracy", "gold_accuracy"}
+    assert all(0 <= scorecard["reward_model"][name] <= 1 for name in ("accuracy", "gold_accuracy"))
 
 
 def test_status_has_the_promised_shape(finished: Project) -> None:
@@ -224,7 +224,9 @@ def test_zephyr_style_reuses_sft_and_preferences(copied: Project) -> None:
     assert copied.states() == {"sft": "reused", "collect": "reused", "dpo": "done", "eval": "done"}
     scorecard = json.loads((folder / "scorecard.json").read_text())
     assert list(scorecard["policies"]) == ["base", "sft", "dpo"]
-    assert scorecard["reward_model"] == {"accuracy": None, "gold_accuracy": None}
+    assert (
+        scorecard["reward_model"]["accuracy"] is None and scorecard["reward_model"]["gold_accuracy"] is None
+    )
     assert scorecard["policies"]["dpo"]["reward"] is None
 
 

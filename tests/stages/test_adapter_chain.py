@@ -141,6 +141,22 @@ def test_stopped_and_resumed_equals_never_stopped(
     )
 
 
+def test_every_reward_model_is_an_adapter_of_its_own(
+    adapted: Project, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [3.0] * len(responses)\n")
+    reward = (
+        f"stages.ppo.reward.function={tmp_path}/mine.py:score",
+        "stages.ppo.reward.models={latest/rm:0.5}",
+    )
+    run = adapted.run(*words, *SHORT, "stages.ppo.policy=sft", *reward, "stages.ppo.reward.gate.model=rm")
+    (line,) = _lines(run / "ppo")
+    # One adapter under two names.
+    assert line["reward/rm"] == pytest.approx(line["reward/latest/rm"], abs=1e-5)
+    assert line["reward/function"] == 3.0
+    assert 0 <= line["reward/gated"] <= 1
+
+
 def test_whole_weights_go_on_from_an_adapter_and_the_other_way(adapted: Project, chain: Chain) -> None:
     sft = chain[1] / "sft"
     whole = (

@@ -208,15 +208,18 @@ def test_templates_of_ones_own_are_asked_about_made_up_groups(copied: Project, t
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = (*SFT, f"stage.prejudice.templates={path}", "stage.prejudice.groups=[Orbans,Velns,Tamis]")
-    folder = copied.run(*words, "stage.policies=[latest/sft]")
+    folder = copied.run(*words, "stage.policies=[latest/sft]", "stage.reward.models={latest/rm:2}")
     found = _policies(folder)[0]["prejudice"]
     assert found["questions"] == 3 + 2 + 3
     # Questions that the gold judge does not know have no gold.
-    assert set(found["details"]) == {"reward", "refusal"}
+    assert set(found["details"]) == {"reward", "refusal", "reward/latest/rm"}
+    assert found["reward_gap"] == pytest.approx(2 * found["reward/latest/rm_gap"])
     assert set(found["details"]["reward"]["means"]) == {"Orbans", "Velns", "Tamis"}
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["reward_model"]["prejudice"]["questions"] == 3
-    assert card["reward_model"]["prejudice"]["reward_gap"] > 0
+    about = card["reward_model"]["prejudice"]
+    assert about["reward_gap"] == pytest.approx(2 * about["reward/latest/rm_gap"])
+    assert about["reward_gap"] > 0
     # Another content is another key, though the name is the same.
     key = make_plan(copied.compose(*words).config).rows[0].key
     path.write_text(path.read_text().replace("sing", "dance"))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from alignpipe.config import PPOConfig
-from alignpipe.data.encoding import Example
 from alignpipe.losses.ppo import adapt_kl_coef
 from alignpipe.rollout.experience import ResponseRow, minibatches
+from alignpipe.rollout.scaling import RunningMoments
 from alignpipe.stages.ppo import _scores
 from tests.project import Project
 
@@ -91,8 +91,7 @@ def test_penalty_lowers_the_score_by_the_share_of_unfinished_responses(copied: P
 def test_scores_are_clipped_and_lowered_for_what_was_cut_off(project: Project) -> None:
     config = _config(project, "stage.score_clip=2", "stage.missing_eos_penalty=1.5")
     given = np.array([0.5, 0.5, 7.0, -7.0])
-    examples = [Example([5, 6], [False, True])] * len(given)
-    scores = _scores(config, lambda _: given, examples, [True, False, False, True])
+    scores = _scores(config, given, [True, False, False, True], RunningMoments())
     # The penalty comes after the clip, so that a response which is liked very much still pays it.
     assert scores.tolist() == pytest.approx([0.5, -1.0, 0.5, -2.0])
 

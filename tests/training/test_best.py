@@ -130,7 +130,7 @@ def _fit(
         return StepOutput(sft_loss(logprobs, batch.loss_mask[:, 1:]))
 
     monitor = Monitor(config, context, model, look)
-    fit(model, _rows(), loss_fn, config, context, dict, monitor)
+    fit(model, _rows(), loss_fn, config, context, dict, watcher=monitor)
     return monitor, seen
 
 

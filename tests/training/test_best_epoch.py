@@ -43,7 +43,7 @@ def _run(
         return {"loss": figures[context.step]}
 
     best = BestEpoch("loss", measure, model, len(rows), config.batch_size, context)
-    fit(model, rows, _loss_fn(model), config, context, lambda: {}, best)
+    fit(model, rows, _loss_fn(model), config, context, lambda: {}, watcher=best)
     return best, weights
 
 
@@ -112,7 +112,7 @@ def test_best_epoch_survives_being_stopped_at_every_step(
                 config,
                 context,
                 dict,
-                best,
+                watcher=best,
             )
             break
         except Stopped:
