@@ -141,11 +141,6 @@ def _ppo_relations(config: PPOConfig, at: str) -> Iterator[str]:
         )
     if config.value_pretrain_rollouts > 0 and not config.has_value_model:
         yield f"{at}value_pretrain_rollouts: advantage={config.advantage} has no value model; set it to 0"
-    if config.ema_decay is not None and config.monitor.action == "restore":
-        yield (
-            f"{at}ema_decay: monitor.action=restore hands on weights that a judge saw, not an average; "
-            f"set {at}ema_decay=null or take monitor.action=stop"
-        )
     if config.value_pretrain_rollouts >= config.num_rollouts:
         yield (
             f"{at}value_pretrain_rollouts: {config.value_pretrain_rollouts} of num_rollouts {config.num_rollouts} "

@@ -119,6 +119,22 @@ def test_average_that_forgets_at_once_is_the_last_weights_and_a_slow_one_the_fir
     assert 0 < _distance(slow, start) < 0.02 * _distance(last, start)
 
 
+def test_weights_that_a_monitor_went_back_to_are_handed_on_without_an_average(copied: Project) -> None:
+    # Alarmed at the first look whatever the policy does.
+    watch = (
+        "action=restore",
+        "num_prompts=12",
+        "max_kl=1e-6",
+        "min_entropy_ratio=1",
+        "max_length_ratio=1.0001",
+    )
+    words = (*ALONE, *FAST, *(f"stage.monitor.{word}" for word in watch))
+    plain, averaged = (copied.run(*words, *more) / "ppo" for more in ((), ("stage.ema_decay=0.999",)))
+    metrics = json.loads((averaged / "alignpipe.json").read_text())["metrics"]
+    assert metrics["monitor"]["stopped_at"] == 1
+    assert _distance(plain, averaged) == 0
+
+
 @pytest.mark.parametrize(
     "words",
     [("advantage=rloo",), ("advantage=grpo", "kl_in=loss", "kl_estimator=k3"), ("advantage=reinforce_pp",)],
@@ -223,7 +239,6 @@ def test_policy_gradient_does_not_depend_on_the_cut_or_the_padding(
         (["value_pretrain_rollouts=2"], "value_pretrain_rollouts: 2 of num_rollouts 2 leave none"),
         (["dual_clip=1"], "dual_clip: must be more than 1"),
         (["ema_decay=1"], "ema_decay: must be at most"),
-        (["ema_decay=0.9", "monitor.action=restore"], "ema_decay: monitor.action=restore hands on weights"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(
