@@ -12,7 +12,7 @@ from typing import Any
 
 from alignpipe.config import Config
 from alignpipe.errors import ConfigError
-from alignpipe.objective import POLICY_FIGURES, known_figures, read_figure, why_no_figure
+from alignpipe.objective import STAGE_FIGURES, known_figures, read_figure, running_stages, why_no_figure
 
 BOUND = re.compile(r"\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 HOLDS = {">=": ge, "<=": le, ">": gt, "<": lt}
@@ -27,22 +27,19 @@ class Gate:
         figure: its name within the stage.
         sign: `>=`, `<=`, `>` or `<`.
         limit: the number on its right.
+        of_policy: the figure is known only from the scorecard; what a stage ends with itself is looked at there.
     """
 
     stage: str
     figure: str
     sign: str
     limit: float
+    of_policy: bool = False
 
     @property
     def bound(self) -> str:
         """The bound as a user writes it."""
         return f"{self.sign}{self.limit:g}"
-
-    @property
-    def of_policy(self) -> bool:
-        """Whether the figure is known only from the scorecard."""
-        return self.figure in POLICY_FIGURES
 
     def why_shut(self, figures: Mapping[str, Any]) -> str | None:
         """Why the next stage must not start, or None.
@@ -68,6 +65,7 @@ def find_gates(config: Config) -> list[Gate]:
         ConfigError: a figure that no stage of this run has, or a bound that cannot be read.
     """
     known = set(known_figures(config))
+    kinds = {name: section.kind for name, section in running_stages(config).items()}
     gates = []
     for stage, section in config.gates.items():
         for figure, bound in _leaves(section, f"gates.{stage}"):
@@ -79,7 +77,8 @@ def find_gates(config: Config) -> list[Gate]:
                     f"gates.{stage}.{figure}: {bound!r} is no bound; write one of >= <= > < and a number, such as "
                     f'">=0.7", in quotes'
                 )
-            gates.append(Gate(stage, figure, found[1], float(found[2])))
+            own = stage in kinds and figure in STAGE_FIGURES[kinds[stage]]
+            gates.append(Gate(stage, figure, found[1], float(found[2]), of_policy=not own))
     return gates
 
 

@@ -161,7 +161,7 @@ def read_figure(figures: Any, path: str) -> float | None:
     return float(figures) if isinstance(figures, int | float) else None
 
 
-def _stages(config: Config) -> dict[str, StageConfig]:
+def running_stages(config: Config) -> dict[str, StageConfig]:
     """The stages that run, by name."""
     if config.stage is not None:
         return {config.stage.kind: config.stage}
@@ -171,7 +171,7 @@ def _stages(config: Config) -> dict[str, StageConfig]:
 
 def _judge(config: Config) -> EvalConfig | None:
     """The eval stage that the scorecard is made of: the last one."""
-    judges = [stage for stage in _stages(config).values() if isinstance(stage, EvalConfig)]
+    judges = [stage for stage in running_stages(config).values() if isinstance(stage, EvalConfig)]
     return judges[-1] if judges else None
 
 
@@ -199,14 +199,14 @@ def known_figures(config: Config) -> Iterator[str]:
     if judge is not None:
         for policy in judge.policies:
             yield from (f"{policy}.{figure}" for figure in POLICY_FIGURES if _lacks(judge, figure) is None)
-    for name, stage in _stages(config).items():
+    for name, stage in running_stages(config).items():
         yield from (f"{name}.{figure}" for figure in STAGE_FIGURES[stage.kind])
 
 
 def why_no_figure(config: Config, name: str, figure: str) -> str:
     """Why a run of this configuration has no such figure, and which it has instead."""
     judge, known = _judge(config), list(known_figures(config))
-    names = sorted({item.partition(".")[0] for item in known} | set(_stages(config)))
+    names = sorted({item.partition(".")[0] for item in known} | set(running_stages(config)))
     if name not in names:
         near = nearest(name, names)
         mended = f"{near}.{figure}" if figure and f"{near}.{figure}" in known else near

@@ -38,9 +38,17 @@ def test_gates_are_read_from_words_and_sections() -> None:
     words = ["gates.rm.gold_accuracy=>=0.7", "gates.ppo.gold.overall=>.5", 'gates={sft:{eval_loss:"< 1e-1"}}']
     assert find_gates(compose(words).config) == [
         Gate("rm", "gold_accuracy", ">=", 0.7),
-        Gate("ppo", "gold.overall", ">", 0.5),
+        Gate("ppo", "gold.overall", ">", 0.5, of_policy=True),
         Gate("sft", "eval_loss", "<", 0.1),
     ]
+
+
+def test_figure_that_a_stage_ends_with_needs_no_scorecard() -> None:
+    (gate,) = find_gates(compose(["gates.collect.finished=>=0.9", "pipeline.order=[sft,collect]"]).config)
+    assert not gate.of_policy
+    # The scorecard has a kl of ppo too; the stage's own is known first.
+    (gate,) = find_gates(compose(["gates.ppo.kl=<=20"]).config)
+    assert not gate.of_policy
 
 
 @pytest.mark.parametrize(
