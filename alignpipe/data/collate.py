@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from alignpipe.data.encoding import Example
+from alignpipe.data.packing import Span, spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +22,28 @@ class TokenBatch:
         lengths: (B,) long, real tokens of each row.
         loss_mask: (B, T) bool, True where a token is learnt; the token at t is predicted from those before
             it.
+        spans: length and prompt of each row, known without a look at the device.
     """
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
     loss_mask: torch.Tensor
+    spans: tuple[Span, ...]
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Returns the batch on another device."""
-        return TokenBatch(self.input_ids.to(device), self.lengths.to(device), self.loss_mask.to(device))
+        return TokenBatch(
+            self.input_ids.to(device), self.lengths.to(device), self.loss_mask.to(device), self.spans
+        )
 
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens in the batch; waits for the device."""
-        return int(self.lengths.sum())
+    def part(self, rows: Sequence[int]) -> "TokenBatch":
+        """Returns some rows, no wider than the longest of them."""
+        chosen = tuple(self.spans[row] for row in rows)
+        width = max(span.length for span in chosen)
+        index = torch.tensor(rows, device=self.input_ids.device)
+        return TokenBatch(
+            self.input_ids[index, :width], self.lengths[index], self.loss_mask[index, :width], chosen
+        )
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
@@ -49,4 +58,4 @@ def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
     width = max(lengths)
     ids = [example.ids + [pad_id] * (width - len(example.ids)) for example in examples]
     mask = [example.mask + [False] * (width - len(example.mask)) for example in examples]
-    return TokenBatch(torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask))
+    return TokenBatch(torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask), spans(examples))

@@ -43,6 +43,7 @@ from alignpipe.models.adapters import (
     open_base,
     role_on,
 )
+from alignpipe.models.attention import allow_packing
 from alignpipe.models.files import check_files
 
 MAX_POSITIONS = 512
@@ -326,7 +327,7 @@ def prepare(model: PreTrainedModel, tokenizer: Tokenizer, device: torch.device |
         model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
     model.to(device)  # type: ignore[arg-type]
     model.train(False)
-    return model
+    return allow_packing(model)
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

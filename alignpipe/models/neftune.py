@@ -35,10 +35,14 @@ def noisy_embeddings(
         return
 
     def add(_module: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
-        noise = torch.zeros_like(embeddings)
-        for index, row in enumerate(rows):
-            noise[index, : len(row)] = row_noise(row, embeddings, alpha, seed, step)
-        return embeddings + noise
+        noise = torch.zeros_like(embeddings).flatten(0, 1)
+        # Rows are padded to one width, or lie side by side.
+        padded = len(embeddings) == len(rows)
+        start = 0
+        for row in rows:
+            noise[start : start + len(row)] = row_noise(row, embeddings, alpha, seed, step)
+            start += embeddings.shape[1] if padded else len(row)
+        return embeddings + noise.view_as(embeddings)
 
     handle = model.get_input_embeddings().register_forward_hook(add)
     try:

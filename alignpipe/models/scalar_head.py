@@ -20,6 +20,7 @@ from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import add_adapter, has_head, merged, role_on
 from alignpipe.models.files import CONFIG, check_files
+from alignpipe.models.forward import body_states
 from alignpipe.models.loading import (
     SCORE,
     ModelSource,
@@ -84,17 +85,18 @@ def load_scalar_model(
     return prepare(model, tokenizer, device)
 
 
-def token_scores(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+def token_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The score read at every token: the reward or value of the text up to there.
 
     Args:
         model: from `load_scalar_model`.
-        input_ids: (B, T), padded on the right; what stands after a row's end says nothing.
+        batch: B sequences; what stands behind a row's end says nothing.
 
     Returns:
         (B, T) float32.
     """
-    return _scores(model, _hidden(model, input_ids)).mean(-1)
+    hidden, places = body_states(model, batch)
+    return _scores(model, hidden).mean(-1)[places]
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -112,9 +114,9 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 def sequence_head_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """What `sequence_scores` is the mean of: each head's score, (B, H) float32."""
-    hidden = _hidden(model, batch.input_ids)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
-    return _scores(model, last)
+    hidden, places = body_states(model, batch)
+    last = places.gather(1, batch.lengths[:, None] - 1).squeeze(1)
+    return _scores(model, hidden[last])
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -135,11 +137,6 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
             f"model; use a decoder-only architecture such as Llama, Qwen, Mistral, Gemma or GPT-2"
         )
     return head
-
-
-def _hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden
 
 
 def _scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -58,12 +58,9 @@ class Experience:
 
     def part(self, rows: Sequence[ResponseRow]) -> "Experience":
         """Some responses, no wider than the longest of them."""
-        whole = self.batch
-        width = max(row.num_tokens for row in rows)
-        index = torch.tensor([row.index for row in rows], device=whole.input_ids.device)
-        batch = TokenBatch(
-            whole.input_ids[index, :width], whole.lengths[index], whole.loss_mask[index, :width]
-        )
+        batch = self.batch.part([row.index for row in rows])
+        width = batch.input_ids.shape[1]
+        index = torch.tensor([row.index for row in rows], device=batch.input_ids.device)
 
         def cut(tensor: Any) -> Any:
             return None if tensor is None else tensor[index, : width - 1]

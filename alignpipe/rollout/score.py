@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
+from alignpipe.data.packing import spans
 from alignpipe.errors import CheckpointError
 from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
@@ -149,7 +150,7 @@ def response_values(
     """
 
     def values(batch: TokenBatch) -> Tensor:
-        return token_scores(value_model, batch.input_ids)[:, :-1].masked_fill(~batch.loss_mask[:, 1:], 0.0)
+        return token_scores(value_model, batch)[:, :-1].masked_fill(~batch.loss_mask[:, 1:], 0.0)
 
     return _in_batches(values, value_model, examples, _width(examples) - 1, pad_id, batch_size)
 
@@ -216,8 +217,11 @@ def _in_batches(
     Every process computes its own part; the parts are added up, each row being zero on all but one of them.
     """
     result = torch.zeros(len(examples), width)
-    # Longest first, so that memory fails early.
+    # Longest first, so that memory fails early; responses to one prompt together, so that it is read once.
+    groups = [span.group for span in spans(examples)]
     mine = processes.deal([len(example.ids) for example in examples])
+    first = {groups[index]: place for place, index in reversed(list(enumerate(mine)))}
+    mine.sort(key=lambda index: first[groups[index]])
     with torch.no_grad(), evaluating(model), in_step(model):
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]

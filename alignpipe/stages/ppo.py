@@ -335,7 +335,7 @@ def _value_fn(
     def value_fn(micro: Sequence[ResponseRow]) -> StepOutput:
         old = experience.part(micro)  # (b, t - 1)
         assert models.value is not None and old.values is not None and old.returns is not None
-        values = models.value_scale(token_scores(models.value, old.batch.input_ids))[:, :-1]
+        values = models.value_scale(token_scores(models.value, old.batch))[:, :-1]
         return StepOutput(
             losses=value_loss(values, old.values, old.returns, old.mask, config.value_clip_range)
         )

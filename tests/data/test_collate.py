@@ -13,7 +13,6 @@ def test_collate_unequal_lengths_pads_on_the_right() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch.lengths.tolist() == [3, 2]
     assert batch.loss_mask.tolist() == [[False, True, True], [False, True, False]]
-    assert batch.num_tokens == 5
     assert (batch.input_ids.dtype, batch.loss_mask.dtype) == (torch.long, torch.bool)
 
 

@@ -79,12 +79,12 @@ def test_sequence_scores_do_not_depend_on_batch_padding_or_order(reward_model, e
 def test_a_pad_id_inside_of_a_text_is_a_token_like_any_other(reward_model, tokenizer):
     text = Example([5, tokenizer.pad_id, 9, tokenizer.pad_id], [False] * 4)
     found = sequence_scores(reward_model, collate([text, Example([5] * 8, [False] * 8)], tokenizer.pad_id))
-    torch.testing.assert_close(found[0], token_scores(reward_model, torch.tensor([text.ids]))[0, -1])
+    torch.testing.assert_close(found[0], token_scores(reward_model, collate([text], 0))[0, -1])
 
 
 def test_token_scores_at_each_length_are_the_scores_of_the_prefixes(reward_model, examples, tokenizer):
     ids = examples[2].ids
-    found = token_scores(reward_model, torch.tensor([ids]))[0]
+    found = token_scores(reward_model, collate([examples[2]], 0))[0]
     prefixes = [Example(ids[:n], [False] * n) for n in range(1, len(ids) + 1)]
     expected = sequence_scores(reward_model, collate(prefixes, tokenizer.pad_id))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -192,8 +192,8 @@ def test_a_value_model_starts_from_the_mean_of_the_heads(two_heads, examples, to
     head = score_head(value)
     assert (head.out_features, tuple(head.weight.shape), value.config.num_labels) == (1, (1, 32), 1)
     assert head.weight.requires_grad
-    ids = collate(examples, tokenizer.pad_id).input_ids
-    torch.testing.assert_close(token_scores(value, ids), token_scores(model, ids), atol=1e-6, rtol=1e-6)
+    batch = collate(examples, tokenizer.pad_id)
+    torch.testing.assert_close(token_scores(value, batch), token_scores(model, batch), atol=1e-6, rtol=1e-6)
     # A checkpoint of it is one of a single head.
     save_model(value, tokenizer, folder.parent / "value")
     assert AutoModelForSequenceClassification.from_pretrained(folder.parent / "value").config.num_labels == 1
