@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 # Elements of a (tokens, vocabulary) block that are held in float32 at once: 16 MiB.
 BLOCK_ELEMENTS = 2**22
+# Logits so few are kept for the backward pass, which is then spared a matrix product: 64 MiB in float32.
+KEPT_ELEMENTS = 2**24
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -83,6 +86,86 @@ class _TokenLogprobs(torch.autograd.Function):
             gradient.scatter_add_(-1, ids[:, None], weight[:, None])
             out.copy_(gradient)
         return result, None, None
+
+
+def head_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """`target_logprobs` of `hidden @ weight.T + bias`, without ever holding many of these logits.
+
+    Works through blocks of tokens; the backward pass computes the logits of each block again, unless those of all
+    tokens are few (`KEPT_ELEMENTS`).
+
+    Args:
+        hidden: (N, d), states that the head reads.
+        weight: (V, d), of the head; products are taken in the dtype of `hidden`, under autocast in that of autocast.
+        bias: (V,), of the head.
+        targets: (N,), long.
+        temperature: of the sampling distribution whose logprobs are wanted.
+
+    Returns:
+        (N,) float32, natural logarithms (float64 where the hidden states are).
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    found: Tensor = _HeadLogprobs.apply(hidden, weight, bias, targets, temperature)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """Hidden states (N, d), head and targets (N,) -> logprobs (N,); keeps what it is given and the N normalizers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
+        size = max(1, BLOCK_ELEMENTS // len(weight))
+        ctx.head = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        ctx.kept = [] if len(targets) * len(weight) <= KEPT_ELEMENTS and any(ctx.needs_input_grad) else None
+        normalizers, chosen = [], []
+        for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+            logits = linear(states, *ctx.head)
+            scaled = _scaled(logits, temperature)
+            normalizers.append(scaled.logsumexp(-1))
+            chosen.append(scaled.gather(-1, ids[:, None]).squeeze(-1))
+            if ctx.kept is not None:
+                ctx.kept.append(logits)
+        normalizer = torch.cat(normalizers)
+        ctx.save_for_backward(hidden, targets, normalizer)
+        ctx.size, ctx.temperature = size, temperature
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return torch.cat(chosen) - normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """`d logp / d z_v = (1[v = target] - p_v) / temperature`, z = logits, and on to what they are made of."""
+        hidden, targets, normalizer = ctx.saved_tensors
+        weight, bias = ctx.head
+        for_hidden = torch.empty_like(hidden)
+        for_weight = torch.zeros_like(weight, dtype=ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        for_bias = torch.zeros_like(bias, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        weights = grads[0] / ctx.temperature
+        parts = [torch.split(x, ctx.size) for x in (hidden, for_hidden, targets, normalizer, weights)]
+        for index, (states, out, ids, norm, share) in enumerate(zip(*parts, strict=True)):
+            logits = linear(states, weight, bias) if ctx.kept is None else ctx.kept[index]
+            gradient = (_scaled(logits, ctx.temperature) - norm[:, None]).exp_().mul_(-share[:, None])
+            gradient.scatter_add_(-1, ids[:, None], share[:, None])
+            gradient = gradient.to(hidden.dtype)
+            torch.mm(gradient, weight, out=out)
+            if for_weight is not None:
+                _add_product(for_weight, gradient, states)
+            if for_bias is not None:
+                for_bias += gradient.sum(0)
+        return for_hidden, for_weight, for_bias, None, None
+
+
+def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """Total (V, d) += gradient.T @ states; in place where no dtype stands between."""
+    if total.dtype == states.dtype:
+        total.addmm_(gradient.T, states)
+    else:
+        total += gradient.T @ states
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

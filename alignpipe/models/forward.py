@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignpipe.data.collate import TokenBatch
 from alignpipe.data.packing import lay_out
-from alignpipe.losses.logprobs import entropy, target_logprobs
+from alignpipe.losses.logprobs import entropy, head_logprobs, target_logprobs
 from alignpipe.models.attention import can_pack, packed
+from alignpipe.models.loading import evaluating
+from alignpipe.models.sharding import is_sharded
+
+# Models that were tried, see `_ends_in_head`.
+_PLAIN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,15 @@ def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
         (B, T - 1) float32, column t - 1 for the token at t, as `batch.loss_mask[:, 1:]` is; 0 where that is
         false.
     """
-    logits, targets = _predictions(model, batch)
-    return _spread(target_logprobs(logits, targets, temperature), batch)
+    mask = batch.loss_mask[:, 1:]
+    targets = batch.input_ids[:, 1:][mask]
+    if _ends_in_head(model):
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        hidden, places = body_states(model, batch)
+        return _spread(
+            head_logprobs(hidden[places[:, :-1][mask]], head.weight, head.bias, targets, temperature), batch
+        )
+    return _spread(target_logprobs(_logits(model, batch), targets, temperature), batch)
 
 
 def batch_logprobs_and_entropy(
@@ -91,23 +104,43 @@ def batch_logprobs_and_entropy(
     Returns:
         Logprobs and entropies in nats, both (B, T - 1) float32 and 0 where no token is learnt.
     """
-    logits, targets = _predictions(model, batch)
+    logits, targets = _logits(model, batch), batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
     logprobs = target_logprobs(logits, targets, temperature)
     return _spread(logprobs, batch), _spread(entropy(logits, temperature), batch)
 
 
-def _predictions(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Logits (M, V) and targets (M,) of the M tokens that are learnt, row by row."""
+def _logits(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Logits (M, V) before each of the M tokens that are learnt, row by row."""
     mask = batch.loss_mask[:, 1:]
     with _reading(model, batch) as inputs:
         # transformers applies the head, and what the architecture does after it, at these places alone.
         if can_pack(model):
-            places = inputs.places[:, :-1][mask]
-            logits: Tensor = model(**inputs.arguments, logits_to_keep=places).logits[0]
+            logits: Tensor = model(**inputs.arguments, logits_to_keep=inputs.places[:, :-1][mask]).logits[0]
         else:
             columns = mask.any(0).nonzero().squeeze(1)
             logits = model(**inputs.arguments, logits_to_keep=columns).logits[mask[:, columns]]
-    return logits, batch.input_ids[:, 1:][mask]
+    return logits
+
+
+@torch.no_grad()
+def _ends_in_head(model: PreTrainedModel) -> bool:
+    """Whether logits are one plain linear layer on the body's states, which some architectures bend or scale.
+
+    Tried once a model, on one token. Weights cut over processes are gathered at the door of the whole model alone.
+    """
+    if model not in _PLAIN:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        _PLAIN[model] = type(head) is nn.Linear and not is_sharded(model) and _is_plain(model, head)
+    return _PLAIN[model]
+
+
+def _is_plain(model: PreTrainedModel, head: nn.Linear) -> bool:
+    # Embeddings, not ids, whose own may be 0 or have noise added to them.
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    inputs = {"inputs_embeds": torch.ones(1, 1, width, device=model.device), "use_cache": False}
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
+        states = model.base_model(**inputs).last_hidden_state
+        return torch.equal(head(states), model(**inputs).logits)
 
 
 def _spread(found: Tensor, batch: TokenBatch) -> Tensor:

@@ -4,9 +4,18 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from alignpipe.losses import logprobs as module
-from alignpipe.losses.logprobs import entropy, masked_mean, masked_sum, masked_whiten, token_logprobs
+from alignpipe.losses.logprobs import (
+    entropy,
+    head_logprobs,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+    token_logprobs,
+)
 
 
 def plain_logprobs(logits, ids, temperature=1.0):
@@ -72,6 +81,61 @@ def test_token_logprobs_are_finite_at_extreme_logits():
     found.sum().backward()
     assert found.item() == pytest.approx(-2e4)
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kept", [2**24, 0])
+@pytest.mark.parametrize("block", [2**22, 21])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_head_logprobs_and_gradients_are_those_of_the_whole_logits(
+    monkeypatch, kept, block, temperature, has_bias
+):
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    torch.manual_seed(6)
+    hidden = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True) if has_bias else None
+    targets, weights = torch.randint(0, 7, (8,)), torch.randn(8, dtype=torch.float64)
+    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
+    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    gradients = torch.autograd.grad((weights * expected).sum(), leaves)
+    found = head_logprobs(hidden, weight, bias, targets, temperature)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), leaves), gradients)
+
+
+def test_head_logprobs_hold_no_logits_of_many_tokens(monkeypatch):
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 40)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    hidden, weight = torch.randn(50, 3, requires_grad=True), torch.randn(20, 3, requires_grad=True)
+    with Watch():
+        head_logprobs(hidden, weight, None, torch.zeros(50, dtype=torch.long)).sum().backward()
+    assert largest == 150
+
+
+def test_head_logprobs_under_autocast_take_its_products_and_give_float32():
+    torch.manual_seed(7)
+    hidden, weight = torch.randn(4, 64, requires_grad=True), torch.randn(9, 64, requires_grad=True)
+    targets = torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_logprobs(hidden, weight, None, targets)
+        logits = torch.nn.functional.linear(hidden, weight)
+    assert logits.dtype == torch.bfloat16
+    expected = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    found.sum().backward()
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("block", [2**22, 3])

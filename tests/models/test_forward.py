@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example
 from alignpipe.losses.logprobs import token_logprobs
+from alignpipe.models import forward
 from alignpipe.models.forward import batch_logprobs
 
 
@@ -37,3 +39,16 @@ def test_batch_logprobs_do_not_depend_on_company_or_padding(make_llama):
     together = batch_logprobs(model, collate(examples, pad_id=0)).sum(1)
     alone = torch.cat([batch_logprobs(model, collate([row], pad_id=77)).sum(1) for row in examples])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_an_architecture_that_bends_its_logits_keeps_them(softcap):
+    shape = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model("gemma2", **shape, **heads, final_logit_softcapping=softcap)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    batch = collate(rows(), pad_id=0)
+    found = batch_logprobs(model, batch)
+    assert forward._PLAIN[model] is (softcap is None)
+    whole = token_logprobs(model(batch.input_ids).logits, batch.input_ids)
+    torch.testing.assert_close(found, whole * batch.loss_mask[:, 1:])
