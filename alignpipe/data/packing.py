@@ -34,14 +34,14 @@ class Branch(NamedTuple):
     Attributes:
         start: its first token.
         end: behind its last.
-        root: first token of the shared prompt.
-        shared: tokens of that; 0 where the stretch is the whole row.
+        root: number of the branch that begins with the shared prompt; its own where it shares none.
+        shared: tokens of that prompt; 0 where the stretch is the whole row.
     """
 
     start: int
     end: int
     root: int
-    shared: int = 0
+    shared: int
 
 
 def spans(examples: Sequence[Example]) -> tuple[Span, ...]:
@@ -58,11 +58,11 @@ def spans(examples: Sequence[Example]) -> tuple[Span, ...]:
 def lay_out(rows: Sequence[Span]) -> tuple[Branch, ...]:
     """The stretch of each row, in order, none between them left out."""
     roots: dict[int, int] = {}
-    branches = []
+    branches: list[Branch] = []
     end = 0
-    for length, prompt, group in rows:
-        shared = prompt if group in roots and prompt >= MIN_SHARED else 0
-        root = roots.setdefault(group, end)
+    for number, (length, prompt, group) in enumerate(rows):
+        root = roots.setdefault(group, number) if prompt >= MIN_SHARED else number
+        shared = prompt if root != number else 0
         start, end = end, end + length - shared
-        branches.append(Branch(start, end, root if shared else start, shared))
+        branches.append(Branch(start, end, root, shared))
     return tuple(branches)

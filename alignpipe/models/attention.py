@@ -43,6 +43,18 @@ class PackedMask:
         self.sizes = [branch.end - branch.start for branch in branches]
         self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
+    def cut(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The branches of queries, keys or values (1, heads, N, d)."""
+        return torch.split(states, self.sizes, 2)
+
+    def seen(self, states: Tensor) -> list[Tensor]:
+        """Keys or values that each branch sees, (1, heads, shared + own, d)."""
+        parts = self.cut(states)
+        return [
+            torch.cat([parts[branch.root][:, :, : branch.shared], own], 2) if branch.shared else own
+            for branch, own in zip(self.branches, parts, strict=True)
+        ]
+
     def bias(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """0 where one of the last `queries` tokens of `keys` sees a key, -inf elsewhere; made once for all layers."""
         address = (queries, keys, window, dtype)
@@ -118,8 +130,8 @@ def _sdpa(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(scaled_dot_product_attention, scale=scaling)
     found = []
-    for branch, own in zip(mask.branches, torch.split(query, mask.sizes, 2), strict=True):
-        keys, values = _seen(key, branch), _seen(value, branch)
+    rows = zip(mask.branches, mask.cut(query), mask.seen(key), mask.seen(value), strict=True)
+    for branch, own, keys, values in rows:
         count = keys.shape[2]
         if branch.shared or (sliding_window is not None and count > sliding_window):
             bias = mask.bias(own.shape[2], count, sliding_window, query.dtype)
@@ -141,8 +153,7 @@ def _flash(
     """One call for all branches; the kernel lines up the last query with the last key."""
     keys = [branch.end - branch.start + branch.shared for branch in mask.branches]
     if any(branch.shared for branch in mask.branches):
-        key = torch.cat([_seen(key, branch) for branch in mask.branches], 2)
-        value = torch.cat([_seen(value, branch) for branch in mask.branches], 2)
+        key, value = torch.cat(mask.seen(key), 2), torch.cat(mask.seen(value), 2)
     bounds = {
         "cu_seq_lens_q": _bounds(mask.sizes, query.device),
         "cu_seq_lens_k": _bounds(keys, query.device),
@@ -150,14 +161,6 @@ def _flash(
         "max_length_k": max(keys),
     }
     return attend(module, query, key, value, None, **{**kwargs, **bounds})
-
-
-def _seen(states: Tensor, branch: Branch) -> Tensor:
-    """Keys or values of what a branch sees, (1, heads, shared + own, d)."""
-    own = states[:, :, branch.start : branch.end]
-    if not branch.shared:
-        return own
-    return torch.cat([states[:, :, branch.root : branch.root + branch.shared], own], 2)
 
 
 def _bounds(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -60,9 +60,10 @@ def _places(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Which tokens of the flattened batch the packed row is made of (N,), and where each token stands in it (B, T)."""
     rows, width = batch.input_ids.shape
     taken, places = [], torch.zeros(rows, width, dtype=torch.long)
-    for row, (span, branch) in enumerate(zip(batch.spans, lay_out(batch.spans), strict=True)):
+    branches = lay_out(batch.spans)
+    for row, (span, branch) in enumerate(zip(batch.spans, branches, strict=True)):
         taken.append(torch.arange(row * width + branch.shared, row * width + span.length))
-        places[row, : branch.shared] = torch.arange(branch.root, branch.root + branch.shared)
+        places[row, : branch.shared] = torch.arange(branch.shared) + branches[branch.root].start
         places[row, branch.shared : span.length] = torch.arange(branch.start, branch.end)
     device = batch.input_ids.device
     return torch.cat(taken).to(device), places.to(device)

@@ -26,7 +26,7 @@ def test_rows_without_a_learnt_token_share_nothing():
 
 def test_lay_out_leaves_a_shared_prompt_out_of_later_rows():
     rows = (Span(18, 16, 0), Span(17, 16, 1), Span(21, 16, 0))
-    assert lay_out(rows) == (Branch(0, 18, 0), Branch(18, 35, 18), Branch(35, 40, 0, 16))
+    assert lay_out(rows) == (Branch(0, 18, 0, 0), Branch(18, 35, 1, 0), Branch(35, 40, 0, 16))
 
 
 def test_lay_out_shares_no_short_prompt():
