@@ -227,7 +227,7 @@ class _Eyes:
         samples = processes.spread([len(prompt) for prompt in self.prompts], self._sample)
         flat = [sample for row in samples for sample in row]
         examples = [
-            Example([*prompt, *sample.ids], [False] * len(prompt) + [True] * len(sample.ids))
+            Example.of(prompt, sample.ids)
             for prompt, row in zip(self.prompts, samples, strict=True)
             for sample in row
         ]

@@ -36,7 +36,7 @@ class Response:
 
     def example(self, prompt: Sequence[int]) -> Example:
         """Prompt and response as one row whose response tokens are learnt or scored."""
-        return Example([*prompt, *self.ids], [False] * len(prompt) + [True] * len(self.ids))
+        return Example.of(prompt, self.ids)
 
 
 def respond(

@@ -110,10 +110,7 @@ def sample_responses(
 
     sampled = processes.spread([len(prompts[index]) for index in chosen], sample)
     flat = [(index, sample) for index, row in zip(chosen, sampled, strict=True) for sample in row]
-    examples = [
-        Example([*prompts[index], *sample.ids], [False] * len(prompts[index]) + [True] * len(sample.ids))
-        for index, sample in flat
-    ]
+    examples = [Example.of(prompts[index], sample.ids) for index, sample in flat]
     return examples, [sample.finished for _, sample in flat]
 
 
