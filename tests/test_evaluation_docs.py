@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from alignpipe.compose.composition import compose
+from alignpipe.config import EvalConfig
 from alignpipe.data.counterfactuals import read_templates
 from alignpipe.objective import POLICY_FIGURES
+from alignpipe.pipeline.graph import stages_of
+from tests.said import unsaid
 
 TEXT = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 COMMANDS = [line.partition("#")[0].strip() for line in re.findall(r"^alignpipe run\b.*$", TEXT, re.MULTILINE)]
@@ -21,7 +24,11 @@ def test_command_composes(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "held_out.txt").write_text("A document.\n")
-    compose(shlex.split(command)[2:])
+    words = shlex.split(command)[2:]
+    composed = compose(words)
+    assert not unsaid(composed, words)
+    stages, order = stages_of(composed.config)
+    assert any(isinstance(stages[name], EvalConfig) for name in order)
 
 
 def test_table_names_every_figure_and_no_other() -> None:

@@ -10,6 +10,7 @@ from alignpipe.compose.command_line import read_line
 from alignpipe.compose.composition import compose
 from alignpipe.compose.sweeps import compose_sweep
 from alignpipe.config import KINDS
+from tests.said import unsaid
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,7 +76,8 @@ def test_feature_of_the_readme_composes_and_has_its_tests(
     (tmp_path / "my_reward.py").write_text(
         "def score(prompts, responses):\n    return [1.0 for _ in responses]\n"
     )
-    compose(shlex.split(words))
+    typed = shlex.split(words)
+    assert not unsaid(compose(typed), typed)
 
 
 def test_table_of_features_has_rows_of_every_stage_that_learns() -> None:

@@ -125,8 +125,7 @@ def mismatch(rows: Sequence[Comparison], seed: int, max_length: int) -> list[Com
     made = []
     for index, row in enumerate(rows):
         prompt, response = parts[index][0], other(index)[: max_length - len(parts[index][0])]
-        example = Example(prompt + response, [False] * len(prompt) + [True] * len(response))
-        made.append(replace(row, mismatched=Scored(example)))
+        made.append(replace(row, mismatched=Scored(Example.of(prompt, response))))
     return made
 
 

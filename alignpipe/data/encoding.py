@@ -31,6 +31,11 @@ class Example:
     ids: list[int]
     mask: list[bool]
 
+    @classmethod
+    def of(cls, prompt: Sequence[int], response: Sequence[int]) -> "Example":
+        """A prompt with its response, of which the response alone is learnt."""
+        return cls([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+
     @property
     def num_tokens(self) -> int:
         """Tokens that a model reads."""
@@ -178,7 +183,7 @@ def encode_rankings(
         ranks = tuple(record.ranks[index] for index in chosen)
         if len(ranks if keep_tied else set(ranks)) < 2:
             return _Fit(None, length)
-        examples = tuple(_example(prompt, responses[index]) for index in chosen)
+        examples = tuple(Example.of(prompt, responses[index]) for index in chosen)
         gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
         return _Fit(RankedExample(examples, ranks, gold, len(prompt), record.margin), length)
 
@@ -208,7 +213,7 @@ def encode_unpaired(
                 return _Fit(None, length)
             start, end = _cut_prompt(prompt, length - max_length, tokenizer)
             prompt = [*prompt[:start], *prompt[end:]]
-        example = _example(prompt, responses[0][: max_length - len(prompt)])
+        example = Example.of(prompt, responses[0][: max_length - len(prompt)])
         rank = 1.0 if record.desirable else 2.0
         return _Fit(RankedExample((example,), (rank,), None, len(prompt)), length)
 
@@ -268,10 +273,6 @@ def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int)
 def _num_before_last_turn(mask: Sequence[bool]) -> int:
     """Tokens up to the assistant's last turn, which stands at the end and is learnt whole."""
     return max((index + 1 for index, learnt in enumerate(mask) if not learnt), default=0)
-
-
-def _example(prompt: list[int], response: list[int]) -> Example:
-    return Example(prompt + response, [False] * len(prompt) + [True] * len(response))
 
 
 def _cut_prompt(prompt: list[int], surplus: int, tokenizer: Tokenizer) -> tuple[int, int]:

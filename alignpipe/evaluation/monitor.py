@@ -26,7 +26,7 @@ from alignpipe.evaluation.alarms import History, Look, raised
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.rewards import load_reward_model
 from alignpipe.evaluation.text_measures import sequence_repetition
-from alignpipe.rollout.generate import Sample, generate
+from alignpipe.rollout.generate import Sample, sample
 from alignpipe.rollout.score import sequence_logprobs
 from alignpipe.training.best import BestWeights
 from alignpipe.training.context import Context
@@ -225,20 +225,20 @@ class _Eyes:
 
     def __call__(self, done: int) -> Look:
         samples = processes.spread([len(prompt) for prompt in self.prompts], self._sample)
-        flat = [sample for row in samples for sample in row]
+        flat = [drawn for row in samples for drawn in row]
         examples = [
-            Example([*prompt, *sample.ids], [False] * len(prompt) + [True] * len(sample.ids))
+            Example.of(prompt, drawn.ids)
             for prompt, row in zip(self.prompts, samples, strict=True)
-            for sample in row
+            for drawn in row
         ]
         pad, size = self.tokenizer.pad_id, self.config.micro_batch_size
         with self.context.autocast():
             reference = sequence_logprobs(self.reference, examples, pad, size, self.config.temperature)
-        own = np.array([sum(sample.logprobs) for sample in flat])
-        lengths = np.array([len(sample.ids) for sample in flat])
+        own = np.array([sum(drawn.logprobs) for drawn in flat])
+        lengths = np.array([len(drawn.ids) for drawn in flat])
         log_ratios = own - reference.double().numpy()
         texts = [text for text in self.texts for _ in range(self.config.monitor.num_samples)]
-        answers = [self.tokenizer.decode(sample.ids) for sample in flat]
+        answers = [self.tokenizer.decode(drawn.ids) for drawn in flat]
         proxy = log_ratios if self.proxy is None else self.proxy(texts, answers, examples)
         return Look(
             at=done,
@@ -247,24 +247,20 @@ class _Eyes:
             kl=float(log_ratios.mean()),
             entropy=float(-own.sum() / lengths.sum()),
             length=float(lengths.mean()),
-            repetition=float(np.mean([sequence_repetition(sample.ids) for sample in flat])),
+            repetition=float(np.mean([sequence_repetition(drawn.ids) for drawn in flat])),
         )
 
     def _sample(self, places: list[int]) -> list[list[Sample]]:
         with self.context.autocast():
-            return generate(
+            return sample(
                 self.policy,
-                [list(self.prompts[place]) for place in places],
+                self.tokenizer,
+                self.prompts,
+                places,
+                self.config,
                 num_samples=self.config.monitor.num_samples,
-                max_new_tokens=self.config.max_response_length,
-                stop_ids=self.tokenizer.stop_ids,
-                pad_id=self.tokenizer.pad_id,
-                temperature=self.config.temperature,
-                seed=self.config.seed,
                 step=LOOKING,
-                prompt_ids=places,
-                batch_size=self.config.generation_batch_size,
-            ).samples
+            )
 
     def _scores(
         self, texts: Sequence[str], answers: Sequence[str], examples: Sequence[Example]

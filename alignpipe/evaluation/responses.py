@@ -14,7 +14,7 @@ from alignpipe import processes
 from alignpipe.config import SamplingConfig
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.rollout.generate import generate
+from alignpipe.rollout.generate import sample
 from alignpipe.training.context import Context
 
 PROMPTS_PER_RECORD = 256
@@ -36,7 +36,7 @@ class Response:
 
     def example(self, prompt: Sequence[int]) -> Example:
         """Prompt and response as one row whose response tokens are learnt or scored."""
-        return Example([*prompt, *self.ids], [False] * len(prompt) + [True] * len(self.ids))
+        return Example.of(prompt, self.ids)
 
 
 def respond(
@@ -72,34 +72,22 @@ def respond(
     found = [_unpack(record) for record in processes.from_main(journal.read)]
     alone = processes.count() == 1
 
-    def sample(first: int, places: list[int]) -> list[list[Response]]:
+    def draw(first: int, places: list[int]) -> list[list[Response]]:
         indices = [first + place for place in places]
+        # Several processes must stop at the same point: between records.
+        check = context.stop.check if alone else None
         with context.autocast():
-            rollout = generate(
-                policy,
-                [list(prompts[index]) for index in indices],
-                num_samples=num_samples,
-                max_new_tokens=config.max_response_length,
-                stop_ids=tokenizer.stop_ids,
-                pad_id=tokenizer.pad_id,
-                temperature=config.temperature,
-                seed=config.seed,
-                prompt_ids=indices,
-                batch_size=config.generation_batch_size,
-                # Several processes must stop at the same point: between records.
-                on_batch=context.stop.check if alone else None,
+            drawn = sample(
+                policy, tokenizer, prompts, indices, config, num_samples=num_samples, on_batch=check
             )
-        return [
-            [Response(s.ids, tokenizer.decode(s.ids), s.finished) for s in samples]
-            for samples in rollout.samples
-        ]
+        return [[Response(s.ids, tokenizer.decode(s.ids), s.finished) for s in row] for row in drawn]
 
     context.progress.begin(f"sampling {name}", len(prompts), len(found))
     while len(found) < len(prompts):
         context.check_stop()
         first = len(found)
         lengths = [len(prompt) for prompt in prompts[first : first + PROMPTS_PER_RECORD * processes.count()]]
-        found += processes.spread(lengths, partial(sample, first))
+        found += processes.spread(lengths, partial(draw, first))
         records = [{"responses": [asdict(response) for response in row]} for row in found[first:]]
         processes.from_main(partial(journal.append, records))
         context.progress.update(len(found))

@@ -74,7 +74,7 @@ def broken_examples(
         broken = {**dict(zip(texts, others, strict=True)), CUT: own[:-1]}
         for name, ids in broken.items():
             if ids and ids != own and len(prompt_ids) + max(len(ids), len(own)) <= max_length:
-                found[name].append((_example(prompt_ids, own), _example(prompt_ids, ids)))
+                found[name].append((Example.of(prompt_ids, own), Example.of(prompt_ids, ids)))
     return found
 
 
@@ -102,7 +102,3 @@ def stress_report(
             interval = list(wilson_interval(preferred, len(gaps)))
             report[name] = {"rate": preferred / len(gaps), "ci95": interval, "rows": len(gaps)}
     return report
-
-
-def _example(prompt: list[int], response: list[int]) -> Example:
-    return Example(prompt + response, [False] * len(prompt) + [True] * len(response))

@@ -32,9 +32,10 @@ from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture
+from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
 from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import LISTS, Graph, Node, build_graph, is_reward
+from alignpipe.pipeline.graph import LISTS, Graph, Node, is_reward
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.launch import num_processes

@@ -17,7 +17,7 @@ from alignpipe.config import PPOConfig
 from alignpipe.data.collate import TokenBatch
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.rollout.generate import Sample, generate
+from alignpipe.rollout.generate import Sample, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +90,14 @@ def sample_responses(
         Prompts with responses, those to one prompt side by side, and which of them ended by themselves.
     """
 
-    def sample(places: list[int]) -> list[list[Sample]]:
-        return generate(
-            policy,
-            [list(prompts[chosen[place]]) for place in places],
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_response_length,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=config.temperature,
-            seed=config.seed,
-            step=step,
-            prompt_ids=[chosen[place] for place in places],
-            batch_size=config.generation_batch_size,
-        ).samples
+    def draw(places: list[int]) -> list[list[Sample]]:
+        indices = [chosen[place] for place in places]
+        return sample(policy, tokenizer, prompts, indices, config, num_samples=config.num_samples, step=step)
 
-    sampled = processes.spread([len(prompts[index]) for index in chosen], sample)
-    flat = [(index, sample) for index, row in zip(chosen, sampled, strict=True) for sample in row]
-    examples = [
-        Example([*prompts[index], *sample.ids], [False] * len(prompts[index]) + [True] * len(sample.ids))
-        for index, sample in flat
-    ]
-    return examples, [sample.finished for _, sample in flat]
+    sampled = processes.spread([len(prompts[index]) for index in chosen], draw)
+    flat = [(index, drawn) for index, row in zip(chosen, sampled, strict=True) for drawn in row]
+    examples = [Example.of(prompts[index], drawn.ids) for index, drawn in flat]
+    return examples, [drawn.finished for _, drawn in flat]
 
 
 def response_texts(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from alignpipe.config import SamplingConfig
+from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError
 from alignpipe.models.loading import evaluating, max_positions
 from alignpipe.models.sharding import in_step, is_sharded
@@ -35,22 +37,6 @@ class Sample:
     ids: list[int]
     logprobs: list[float]
     finished: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """What was sampled.
-
-    Attributes:
-        samples: for each prompt, in the order given, its responses.
-    """
-
-    samples: list[list[Sample]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens sampled."""
-        return sum(len(response.ids) for row in self.samples for response in row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +73,7 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
     prompt_ids: Sequence[int] | None = None,
     batch_size: int = 64,
     on_batch: Callable[[], None] | None = None,
-) -> Rollout:
+) -> list[list[Sample]]:
     """Sample responses to prompts.
 
     What is drawn depends on the seed, the step, the prompt's index and the sample's, and on nothing else:
@@ -108,7 +94,7 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
         on_batch: called after each batch; may raise to stop.
 
     Returns:
-        Responses in the order of the prompts.
+        For each prompt, in the order given, its responses.
 
     Raises:
         ConfigError: prompt and response together are longer than what the model was made for.
@@ -127,7 +113,52 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
                 samples[unit.prompt] += [next(found) for _ in range(unit.size)]
             if on_batch is not None:
                 on_batch()
-    return Rollout(samples)
+    return samples
+
+
+def sample(
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    config: SamplingConfig,
+    *,
+    num_samples: int,
+    step: int = 0,
+    on_batch: Callable[[], None] | None = None,
+) -> list[list[Sample]]:
+    """Sample responses as a stage's configuration says.
+
+    Args:
+        policy: a causal language model, on any device.
+        tokenizer: of the policy.
+        prompts: token ids of the whole data set.
+        indices: of those to answer; what is drawn depends on them, not on their company.
+        config: temperature, lengths, seed, batch.
+        num_samples: responses to each prompt.
+        step: of the stage's outer loop.
+        on_batch: called after each batch; may raise to stop.
+
+    Returns:
+        For each index, in the order given, its responses.
+
+    Raises:
+        ConfigError: prompt and response together are longer than what the model was made for.
+    """
+    return generate(
+        policy,
+        [list(prompts[index]) for index in indices],
+        num_samples=num_samples,
+        max_new_tokens=config.max_response_length,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        temperature=config.temperature,
+        seed=config.seed,
+        step=step,
+        prompt_ids=indices,
+        batch_size=config.generation_batch_size,
+        on_batch=on_batch,
+    )
 
 
 def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

@@ -14,7 +14,7 @@ from alignpipe.data.template import find_template
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError, MachineError
 from alignpipe.pipeline import adapters
-from alignpipe.pipeline.graph import build_graph
+from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.keys import add_keys
 from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.store import Store

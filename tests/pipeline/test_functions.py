@@ -12,8 +12,8 @@ import pytest
 from alignpipe.compose.composition import compose
 from alignpipe.config import Config, GateConfig
 from alignpipe.errors import ConfigError
+from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.functions import find_function
-from alignpipe.pipeline.graph import build_graph
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.store import Store

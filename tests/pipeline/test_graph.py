@@ -16,7 +16,8 @@ from alignpipe.config import Config
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, CheckpointError, ConfigError, DataError
 from alignpipe.models.saving import save_model
-from alignpipe.pipeline.graph import Graph, build_graph
+from alignpipe.pipeline.build import build_graph
+from alignpipe.pipeline.graph import Graph
 from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.store import Store
 from tests.project import SMALL, Project

@@ -11,7 +11,7 @@ import pytest
 from alignpipe.compose.composition import compose
 from alignpipe.config import Config
 from alignpipe.data.template import find_template
-from alignpipe.pipeline.graph import build_graph
+from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.keys import add_keys, why_not_reused
 from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.store import Store

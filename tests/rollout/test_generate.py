@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from alignpipe.config import SamplingConfig
 from alignpipe.data.encoding import Example
 from alignpipe.errors import ConfigError
 from alignpipe.rollout import generate as module
@@ -39,7 +40,7 @@ def sample(model, prompts, **changes):
 
 
 def ids_of(rollout):
-    return [[sample.ids for sample in row] for row in rollout.samples]
+    return [[sample.ids for sample in row] for row in rollout]
 
 
 def test_first_tokens_follow_the_softmax(make_llama):
@@ -47,7 +48,7 @@ def test_first_tokens_follow_the_softmax(make_llama):
     prompt = [5, 99, 300]
     count = 4000
     found = sample(model, [prompt], num_samples=count, max_new_tokens=1, temperature=1.3, batch_size=count)
-    frequencies = torch.tensor([s.ids[0] for s in found.samples[0]]).bincount(minlength=640) / count
+    frequencies = torch.tensor([s.ids[0] for s in found[0]]).bincount(minlength=640) / count
     expected = (model(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1)[:640]
     deviation = (expected * (1 - expected) / count).sqrt()
     assert expected.max() > 0.01
@@ -58,7 +59,7 @@ def test_first_tokens_follow_the_softmax(make_llama):
 def test_logprobs_equal_those_of_a_training_forward(model, temperature):
     prompts = make_prompts(9)
     rollout = sample(model, prompts, temperature=temperature)
-    rows = [(prompt, s) for prompt, row in zip(prompts, rollout.samples, strict=True) for s in row]
+    rows = [(prompt, s) for prompt, row in zip(prompts, rollout, strict=True) for s in row]
     examples = [Example(p + s.ids, [False] * len(p) + [True] * len(s.ids)) for p, s in rows]
     expected = response_logprobs(model, examples, 0, temperature=temperature)
     for (prompt, s), row in zip(rows, expected, strict=True):
@@ -71,20 +72,19 @@ def test_logprobs_equal_those_of_a_training_forward(model, temperature):
 def test_responses_end_with_their_first_stop_token(model):
     stops = set(range(60))
     rollout = sample(model, make_prompts(20), num_samples=3)
-    samples = [s for row in rollout.samples for s in row]
+    samples = [s for row in rollout for s in row]
     assert {s.finished for s in samples} == {True, False}
     for s in samples:
         assert len(s.ids) == len(s.logprobs)
         assert not stops.intersection(s.ids[:-1])
         assert s.finished == (s.ids[-1] in stops)
         assert s.finished or len(s.ids) == 10
-    assert rollout.num_tokens == sum(len(s.ids) for s in samples)
 
 
 def test_a_stop_token_at_the_limit_finishes(make_llama):
     model = make_llama()
-    free = sample(model, [[5, 6]], num_samples=1, stop_ids=NEVER, max_new_tokens=4).samples[0][0]
-    stopped = sample(model, [[5, 6]], num_samples=1, stop_ids=(free.ids[3],), max_new_tokens=4).samples[0][0]
+    free = sample(model, [[5, 6]], num_samples=1, stop_ids=NEVER, max_new_tokens=4)[0][0]
+    stopped = sample(model, [[5, 6]], num_samples=1, stop_ids=(free.ids[3],), max_new_tokens=4)[0][0]
     assert free.ids.index(free.ids[3]) == 3
     assert not free.finished
     assert stopped.finished
@@ -128,6 +128,22 @@ def test_dropping_finished_rows_early_or_never_changes_nothing(model, monkeypatc
     monkeypatch.setattr(module, "SHARE_FINISHED", share)
     found = sample(model, prompts, num_samples=3, batch_size=36)
     assert ids_of(found) == ids_of(expected)
+
+
+def test_sampling_of_a_stage_says_what_its_configuration_does(make_llama, tokenizer):
+    model, prompts, indices = make_llama(), make_prompts(4), [3, 1]
+    config = SamplingConfig(max_response_length=10, temperature=0.7, seed=5, generation_batch_size=3)
+    found = module.sample(model, tokenizer, prompts, indices, config, num_samples=2, step=2)
+    expected = sample(
+        model,
+        prompts,
+        temperature=0.7,
+        seed=5,
+        step=2,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    assert ids_of(found) == [ids_of(expected)[index] for index in indices]
 
 
 def test_seed_step_and_prompt_index_each_draw_anew(make_llama):
@@ -206,4 +222,4 @@ def test_more_tokens_than_positions_is_a_config_error(make_gpt2):
 
 
 def test_no_prompts_give_no_responses(make_llama):
-    assert sample(make_llama(), []).samples == []
+    assert sample(make_llama(), []) == []

@@ -10,7 +10,7 @@ import pytest
 
 from alignpipe.errors import AlignpipeError, CheckpointError, ConfigError
 from alignpipe.evaluation.candidates import REASONS
-from alignpipe.pipeline.graph import build_graph
+from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.keys import add_keys
 from alignpipe.pipeline.store import Store
 from alignpipe.stages.rs import _curve

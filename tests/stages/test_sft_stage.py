@@ -66,7 +66,7 @@ def test_end_of_turn_is_learnt(project: Project, tokenizer: Tokenizer, architect
         temperature=0.01,
         seed=0,
         batch_size=64,
-    ).samples
+    )
     ended = [row[0].finished for row in samples]
     assert sum(ended) / len(ended) > 0.9
     # Ended by saying something, not by saying nothing.
