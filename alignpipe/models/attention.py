@@ -7,11 +7,11 @@ queries, keys, values (1, heads, N, d), branches -> (1, N, heads, d)
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,22 @@ from alignpipe.data.packing import Branch
 PACKED = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_flash_attention_2"}
 # Layers whose tokens see nothing but tokens before them, all or the nearest.
 LAYERS = {"full_attention", "sliding_attention"}
+# Rows of so few tokens are padded for attention, alone of all layers.
+SHORT = 96
+
+T = TypeVar("T")
+
+
+def places(branches: Sequence[Branch], width: int) -> Tensor:
+    """Where each token of each branch, what it shares first, stands in the row: (branches, width) long, on the CPU.
+
+    Behind the end of a branch stands some place of the row.
+    """
+    table = torch.tensor([(branch.start, branches[branch.root].start, branch.shared) for branch in branches])
+    start, root, shared = table[:, :, None].unbind(1)
+    column = torch.arange(width)
+    found = torch.where(column < shared, root + column, start + column - shared)
+    return found.clamp(max=branches[-1].end - 1)
 
 
 class PackedMask:
@@ -41,7 +57,11 @@ class PackedMask:
         self.branches = branches
         self.device = device
         self.sizes = [branch.end - branch.start for branch in branches]
-        self._biases: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        # One after another would be a call for a few tokens each.
+        self.is_short = (
+            max(branch.shared + size for branch, size in zip(branches, self.sizes, strict=True)) <= SHORT
+        )
+        self._made: dict[Hashable, Any] = {}
 
     def cut(self, states: Tensor) -> tuple[Tensor, ...]:
         """The branches of queries, keys or values (1, heads, N, d)."""
@@ -55,15 +75,58 @@ class PackedMask:
             for branch, own in zip(self.branches, parts, strict=True)
         ]
 
-    def bias(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where one of the last `queries` tokens of `keys` sees a key, -inf elsewhere; made once for all layers."""
-        address = (queries, keys, window, dtype)
-        if address not in self._biases:
-            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            bias = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, float("-inf"))
-            self._biases[address] = bias.to(self.device)
-        return self._biases[address]
+    def once(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """What a function gives for this mask; made by the first layer that asks."""
+        address = (make, *arguments)
+        if address not in self._made:
+            self._made[address] = make(self, *arguments)
+        found: T = self._made[address]
+        return found
+
+
+class _Padded(NamedTuple):
+    """Branches as a batch padded to the longest of them.
+
+    Attributes:
+        queries: (B, Tq) long, places of the row.
+        keys: (B, Tk) long, places of the row, those of the shared prompt first.
+        bias: (B, 1, Tq, Tk), see `_bias`; None where queries see what stands before them.
+        back: (N,) long, where each token of the row stands among the B * Tq queries.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    back: Tensor
+
+
+def _padded(mask: PackedMask, window: int | None, dtype: torch.dtype) -> _Padded:
+    sizes = torch.tensor(mask.sizes)[:, None]
+    shared = torch.tensor([branch.shared for branch in mask.branches])[:, None]
+    queries, keys = torch.arange(int(sizes.max())), torch.arange(int((sizes + shared).max()))
+    starts = torch.tensor([branch.start for branch in mask.branches])[:, None]
+    bias = None
+    if shared.any() or (window is not None and len(keys) > window):
+        bias = _bias((shared + queries)[:, :, None] - keys, window, dtype)[:, None].to(mask.device)
+    found = (
+        (starts + queries).clamp(max=mask.branches[-1].end - 1),
+        places(mask.branches, len(keys)),
+        (queries < sizes).flatten().nonzero().squeeze(1),
+    )
+    at, seen, back = (tensor.to(mask.device) for tensor in found)
+    return _Padded(at, seen, bias, back)
+
+
+def _bias(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """0 where a query sees a key so many tokens before it, -inf where it does not."""
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def _branch_bias(mask: PackedMask, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """The bias of one branch, whose queries are the last of its keys."""
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    return _bias(distance, window, dtype).to(mask.device)
 
 
 _MASK: ContextVar[PackedMask | None] = ContextVar("packed_mask", default=None)
@@ -128,17 +191,46 @@ def _sdpa(
 ) -> Tensor:
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    attend = partial(scaled_dot_product_attention, scale=scaling)
+    attend = _attend_padded if mask.is_short else _attend_one_by_one
+    return attend(query, key, value, mask, scaling, sliding_window)
+
+
+def _attend_one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None, window: int | None
+) -> Tensor:
+    """Branch by branch: nothing is computed for padding."""
+    attend = partial(scaled_dot_product_attention, scale=scale)
     found = []
     rows = zip(mask.branches, mask.cut(query), mask.seen(key), mask.seen(value), strict=True)
     for branch, own, keys, values in rows:
         count = keys.shape[2]
-        if branch.shared or (sliding_window is not None and count > sliding_window):
-            bias = mask.bias(own.shape[2], count, sliding_window, query.dtype)
+        if branch.shared or (window is not None and count > window):
+            bias = mask.once(_branch_bias, own.shape[2], count, window, query.dtype)
             found.append(attend(own, keys, values, attn_mask=bias))
         else:
             found.append(attend(own, keys, values, is_causal=True))
     return torch.cat([part.transpose(1, 2) for part in found], 1)
+
+
+def _attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None, window: int | None
+) -> Tensor:
+    """All branches in one call."""
+    padded = mask.once(_padded, window, query.dtype)
+
+    def rows(states: Tensor, at: Tensor) -> Tensor:
+        """(1, heads, N, d) -> (B, heads, T, d)."""
+        return states[0].transpose(0, 1)[at].transpose(1, 2)
+
+    found = scaled_dot_product_attention(
+        rows(query, padded.queries),
+        rows(key, padded.keys),
+        rows(value, padded.keys),
+        attn_mask=padded.bias,
+        is_causal=padded.bias is None,
+        scale=scale,
+    )
+    return found.transpose(1, 2).flatten(0, 1)[padded.back][None]
 
 
 def _flash(

@@ -3,7 +3,7 @@
 model, TokenBatch -> logprobs (B, T - 1), entropies (B, T - 1), or hidden states (B, T, d)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignpipe.data.collate import TokenBatch
-from alignpipe.data.packing import lay_out
+from alignpipe.data.packing import Branch, lay_out
 from alignpipe.losses.logprobs import entropy, head_logprobs, target_logprobs
-from alignpipe.models.attention import can_pack, packed
+from alignpipe.models.attention import can_pack, packed, places
 from alignpipe.models.loading import evaluating
 from alignpipe.models.sharding import is_sharded
 
@@ -42,31 +42,29 @@ class _Inputs:
 def _reading(model: PreTrainedModel, batch: TokenBatch) -> Iterator[_Inputs]:
     """Inside the block, a forward of the model with these inputs reads the batch."""
     if can_pack(model):
-        branches, (take, places) = lay_out(batch.spans), _places(batch)
-        ids = batch.input_ids.flatten()[take]
-        positions = take % batch.input_ids.shape[1]
+        branches = lay_out(batch.spans)
+        taken, found = _places(batch, branches)
+        ids, positions = batch.input_ids.flatten()[taken], taken % batch.input_ids.shape[1]
         with packed(branches, ids.device):
             yield _Inputs(
-                {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}, places
+                {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False}, found
             )
     else:
         # Needs no attention mask: padding is on the right, where a causal model does not look.
         ids = batch.input_ids
-        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        yield _Inputs({"input_ids": ids, "use_cache": False}, places)
+        every = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        yield _Inputs({"input_ids": ids, "use_cache": False}, every)
 
 
-def _places(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def _places(batch: TokenBatch, branches: Sequence[Branch]) -> tuple[Tensor, Tensor]:
     """Which tokens of the flattened batch the packed row is made of (N,), and where each token stands in it (B, T)."""
-    rows, width = batch.input_ids.shape
-    taken, places = [], torch.zeros(rows, width, dtype=torch.long)
-    branches = lay_out(batch.spans)
-    for row, (span, branch) in enumerate(zip(batch.spans, branches, strict=True)):
-        taken.append(torch.arange(row * width + branch.shared, row * width + span.length))
-        places[row, : branch.shared] = torch.arange(branch.shared) + branches[branch.root].start
-        places[row, branch.shared : span.length] = torch.arange(branch.start, branch.end)
+    width = batch.input_ids.shape[1]
+    column = torch.arange(width)
+    shared = torch.tensor([branch.shared for branch in branches])[:, None]
+    lengths = torch.tensor([span.length for span in batch.spans])[:, None]
+    taken = ((column >= shared) & (column < lengths)).flatten().nonzero().squeeze(1)
     device = batch.input_ids.device
-    return torch.cat(taken).to(device), places.to(device)
+    return taken.to(device), places(branches, width).to(device)
 
 
 def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
@@ -85,9 +83,9 @@ def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
     targets = batch.input_ids[:, 1:][mask]
     if _ends_in_head(model):
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        hidden, places = body_states(model, batch)
+        hidden, at = body_states(model, batch)
         return _spread(
-            head_logprobs(hidden[places[:, :-1][mask]], head.weight, head.bias, targets, temperature), batch
+            head_logprobs(hidden[at[:, :-1][mask]], head.weight, head.bias, targets, temperature), batch
         )
     return _spread(target_logprobs(_logits(model, batch), targets, temperature), batch)
 

@@ -81,8 +81,10 @@ def measure(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     return found.detach(), torch.cat(grads)
 
 
+@pytest.mark.parametrize("short", [96, 0])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_packed_rows_and_shared_prompts_change_no_logprob_and_no_gradient(kind):
+def test_packed_rows_and_shared_prompts_change_no_logprob_and_no_gradient(monkeypatch, kind, short):
+    monkeypatch.setattr(attention, "SHORT", short)
     padded = build(kind, "eager", **ARCHITECTURES[kind])
     model = allow_packing(build(kind, "sdpa", **ARCHITECTURES[kind]))
     assert can_pack(model)
@@ -100,7 +102,9 @@ def test_packed_embeddings_are_those_of_each_row_alone():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_change_in_one_response_is_seen_by_no_other_row():
+@pytest.mark.parametrize("short", [96, 0])
+def test_a_change_in_one_response_is_seen_by_no_other_row(monkeypatch, short):
+    monkeypatch.setattr(attention, "SHORT", short)
     model = allow_packing(build("llama", "sdpa", **LLAMA))
     rows = examples()
     before = batch_logprobs(model, collate(rows, 0))
