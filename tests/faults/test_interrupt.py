@@ -27,6 +27,7 @@ WORDS = [
     "model.training.rm.save_steps=1",
 ]
 PATIENCE = 120.0
+STOPPED = 75
 pytestmark = pytest.mark.slow
 
 
@@ -147,11 +148,16 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(
 
 
 def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    process = _start(tmp_path)
-    assert _wait(lambda: (tmp_path / "outputs" / "latest").is_file(), process)
+    # Two signals in one moment count as one, and a run may be stopped before the second comes.
+    codes = (_interrupted_until_it_ends(tmp_path / str(attempt)) for attempt in range(5))
+    assert next(code for code in codes if code != STOPPED) == 130
+
+
+def _interrupted_until_it_ends(folder: Path) -> int:
+    process = _start(folder)
+    assert _wait(lambda: (folder / "outputs" / "latest").is_file(), process)
     while process.poll() is None:
-        # Two signals in one moment count as one.
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     _end(process)
-    assert process.returncode == 130
+    return process.returncode
