@@ -3,10 +3,15 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
+from omegaconf import OmegaConf, base
+from omegaconf.dictconfig import DictConfig
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from alignpipe.config import ArchitectureConfig
@@ -17,6 +22,29 @@ from tests.project import Project
 DATA = Path(os.environ.get("ALIGNPIPE_TEST_DATA", Path(__file__).parents[1] / ".." / "shared"))
 # Weights larger than those of a fresh model, so that a wrong mask or position shows in the numbers.
 LOUD = 0.3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once() -> Iterator[None]:
+    """Parse every YAML text and every interpolation once.
+
+    Tests compose a thousand times from the same files, and parsing them anew takes half of a composition.
+    """
+    load = OmegaConf.load
+    loaded: dict[str, DictConfig] = {}
+
+    def load_once(file: Path | IO[str]) -> DictConfig:
+        text = file.read_text(encoding="utf-8") if isinstance(file, Path) else file.read()
+        if text not in loaded:
+            if not isinstance(file, Path):
+                file.seek(0)
+            loaded[text] = load(file)
+        return deepcopy(loaded[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(load_once))
+        patch.setattr(base, "parse", cache(base.parse))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """A small project for tests: the real commands on a world and a model that take seconds."""
 
+from copy import deepcopy
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from alignpipe.artifact import remove_tree
@@ -35,6 +38,21 @@ SMALL = (
     "rollout.batch_size=256",
 )
 
+# ppo by itself, on what the finished chain left.
+PPO_ALONE = (
+    "stage=ppo",
+    "stage.policy=latest/sft",
+    "stage.reference=latest/sft",
+    "stage.reward_model=latest/rm",
+    "stage.log_steps=1",
+)
+
+
+@lru_cache(maxsize=64)
+def _composed(words: tuple[str, ...], _folder: Path) -> Composed:
+    """The configuration of a small run in the folder of any project; `_folder` is where paths are seen from."""
+    return compose([*SMALL, *words])
+
 
 class Project:
     """A working folder in which commands are run as a user types them, in this process."""
@@ -43,8 +61,11 @@ class Project:
         self.outputs = outputs
 
     def compose(self, *words: str) -> Composed:
-        """The configuration of a small run."""
-        return compose([*SMALL, f"output_dir='{self.outputs}'", *words])
+        """The configuration of a small run, composed once for all projects that say the same words."""
+        composed = deepcopy(_composed(words, Path.cwd()))
+        here = f"output_dir: {self.outputs}\n"
+        yaml = composed.yaml.replace("output_dir: outputs\n", here)
+        return replace(composed, config=replace(composed.config, output_dir=str(self.outputs)), yaml=yaml)
 
     def run(self, *words: str) -> Path:
         """Run to the end; the folder of the run."""

@@ -25,7 +25,7 @@ SFT = [
     "stage=sft",
     "model.training.sft.log_steps=1",
     "model.training.sft.save_steps=2",
-    "stage.epochs=20",
+    "stage.epochs=8",
 ]
 TWO = [*SFT, "launch=cpu", "launch.num_processes=2"]
 

@@ -77,8 +77,7 @@ def test_what_cannot_change_a_result_is_in_no_key(tmp_path: Path) -> None:
         "run.name=mine",
         "model.attn_implementation=eager",
     ]
-    for word in words:
-        assert _changed(tmp_path, word) == set(), word
+    assert _changed(tmp_path, *words) == set()
 
 
 def test_monitor_that_never_looks_is_in_no_key(tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ from alignpipe.config import ArchitectureConfig
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import Stopped
 from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import save_model
 from alignpipe.models.scalar_head import load_scalar_model, sequence_scores
 from alignpipe.pipeline.plan import make_plan
-from alignpipe.training.context import Context
 from tests.project import Project
+from tests.stopping import stopped_at_the_first_save
 
 LORA = ("adapter=lora", "adapter.rank=4", "model.training.dpo.log_steps=1", "model.training.ppo.log_steps=1")
 # PPO alone, one rollout: what stands before it is reused.
@@ -116,22 +115,12 @@ def test_first_minibatch_meets_the_policy_that_sampled_and_its_reference(
     assert abs(other["objective/kl"]) > 1e-2
 
 
-def test_stopped_and_resumed_equals_never_stopped(
-    chain: Chain, adapted: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_and_resumed_equals_never_stopped(chain: Chain, adapted: Project) -> None:
     words = (*chain[2], "stages.ppo.save_steps=1")
     folder = next((adapted.outputs / "stages").glob("ppo-*"))
     shutil.rmtree(folder)
-    save = Context.save
-
-    def stopping(context: Context, *given: Any, **named: Any) -> None:
-        save(context, *given, **named)
-        raise Stopped("as a signal would")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Context, "save", stopping)
-        with pytest.raises(Stopped):
-            adapted.run(*words)
+    with stopped_at_the_first_save():
+        adapted.run(*words)
     state = load_file(next((adapted.outputs / "work").glob("ppo-*/states/step-*/state*.safetensors")))
     trained = {name for name in state if name.startswith("module.")}
     assert trained and all("lora_" in name or "score" in name for name in trained)

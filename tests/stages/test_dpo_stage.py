@@ -21,11 +21,11 @@ from alignpipe.data.records import Ranking, prompt_text
 from alignpipe.data.shares import in_share, share_of
 from alignpipe.data.sources import DataSource, read_records
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import Stopped
 from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import save_model
 from alignpipe.training.context import Context
 from tests.project import Project
+from tests.stopping import stopped_at_the_first_save
 
 NUM_ROWS = 60
 STEP = ("stage.log_steps=1", "stage.num_samples=0", "stage.eval_rows=8")
@@ -268,21 +268,15 @@ def test_stopped_stage_reads_the_reference_back_and_ends_the_same(
     assert first["logps/chosen"] < -1 and first["logps/rejected"] < -1
     assert "nats a token" not in capsys.readouterr().err
     loaded: list[str] = []
-    load, save = Context.load_policy, Context.save
+    load = Context.load_policy
 
     def loading(context: Context, role: str, *given: Any, **named: Any) -> PreTrainedModel:
         loaded.append(role)
         return load(context, role, *given, **named)
 
-    def stopping(context: Context, *given: Any, **named: Any) -> None:
-        save(context, *given, **named)
-        raise Stopped("as a signal would")
-
     monkeypatch.setattr(Context, "load_policy", loading)
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "save", stopping)
-        with pytest.raises(Stopped):
-            _run(tmp_path / "cut", data, policy, *words)
+    with stopped_at_the_first_save():
+        _run(tmp_path / "cut", data, policy, *words)
     assert loaded == ["reference", "reference", "policy"]
     cut = _run(tmp_path / "cut", data, policy, *words)
     assert loaded[3:] == ["policy"]

@@ -21,15 +21,8 @@ from alignpipe.pipeline.store import TASK
 from alignpipe.rollout.experience import Experience
 from alignpipe.stages.ppo import Models, _policy_fn
 from tests.launch.cases import run_stage
-from tests.project import Project
+from tests.project import PPO_ALONE, Project
 
-ALONE = (
-    "stage=ppo",
-    "stage.policy=latest/sft",
-    "stage.reference=latest/sft",
-    "stage.reward_model=latest/rm",
-    "stage.log_steps=1",
-)
 # The smallest run that learns something that can be seen.
 FAST = ("stage.learning_rate=5e-3", "stage.warmup_ratio=0", "stage.num_rollouts=3")
 GROUPS = ("stage.num_samples=4", "stage.rollout_size=4")
@@ -68,7 +61,7 @@ def _distance(one: Path, two: Path) -> float:
 def test_kl_budget_ends_training_before_the_policy_is_trained_on(
     copied: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = copied.run(*ALONE, *FAST, "stage.kl_budget=0.001") / "ppo"
+    folder = copied.run(*PPO_ALONE, *FAST, "stage.kl_budget=0.001") / "ppo"
     lines = _lines(folder)
     assert len(lines) == 2
     assert lines[0]["objective/kl"] < 0.001 < lines[1]["objective/kl"]
@@ -80,7 +73,7 @@ def test_kl_budget_ends_training_before_the_policy_is_trained_on(
 
 
 def test_kl_budget_may_only_warn(copied: Project, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = copied.run(*ALONE, *FAST, "stage.kl_budget=0.001", "stage.on_kl_budget=warn") / "ppo"
+    folder = copied.run(*PPO_ALONE, *FAST, "stage.kl_budget=0.001", "stage.on_kl_budget=warn") / "ppo"
     assert len(_lines(folder)) == 3
     told = [line for line in capfd.readouterr().err.splitlines() if "warning: ppo: KL" in line]
     assert len(told) == 1 and "training goes on" in told[0]
@@ -88,14 +81,14 @@ def test_kl_budget_may_only_warn(copied: Project, capfd: pytest.CaptureFixture[s
 
 def test_rest_of_a_rollout_is_left_out_once_an_update_went_too_far(copied: Project) -> None:
     words = ("stage.ppo_epochs=2", "stage.num_rollouts=1")
-    lines = _lines(copied.run(*ALONE, *FAST, *words, "stage.max_update_kl=1e-5") / "ppo")
+    lines = _lines(copied.run(*PPO_ALONE, *FAST, *words, "stage.max_update_kl=1e-5") / "ppo")
     # The first minibatch meets the policy that sampled; the second is over the limit already.
     assert lines[0]["ppo/updates"] == 2
-    assert _lines(copied.run(*ALONE, *FAST, *words) / "ppo")[0]["ppo/updates"] == 4
+    assert _lines(copied.run(*PPO_ALONE, *FAST, *words) / "ppo")[0]["ppo/updates"] == 4
 
 
 def test_value_model_learns_alone_at_first(copied: Project) -> None:
-    lines = _lines(copied.run(*ALONE, *FAST, "stage.value_pretrain_rollouts=1") / "ppo")
+    lines = _lines(copied.run(*PPO_ALONE, *FAST, "stage.value_pretrain_rollouts=1") / "ppo")
     assert ["ppo/policy_loss" in line for line in lines] == [False, True, True]
     assert all("ppo/value_loss" in line for line in lines)
     assert lines[1]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
@@ -104,17 +97,17 @@ def test_value_model_learns_alone_at_first(copied: Project) -> None:
 
 def test_running_scale_makes_the_scores_of_the_first_rollout_standard(copied: Project) -> None:
     words = ("stage.reward_scaling=running", "stage.missing_eos_penalty=0", "stage.score_clip=50")
-    lines = _lines(copied.run(*ALONE, *words) / "ppo")
+    lines = _lines(copied.run(*PPO_ALONE, *words) / "ppo")
     assert lines[0]["objective/score"] == pytest.approx(0.0, abs=1e-6)
     # Later ones are measured by all rollouts so far.
     assert abs(lines[1]["objective/score"]) > 1e-3
 
 
 def test_average_that_forgets_at_once_is_the_last_weights_and_a_slow_one_the_first(copied: Project) -> None:
-    last = copied.run(*ALONE, *FAST) / "ppo"
-    same = copied.run(*ALONE, *FAST, "stage.ema_decay=0") / "ppo"
+    last = copied.run(*PPO_ALONE, *FAST) / "ppo"
+    same = copied.run(*PPO_ALONE, *FAST, "stage.ema_decay=0") / "ppo"
     assert _distance(last, same) == 0
-    slow = copied.run(*ALONE, *FAST, "stage.ema_decay=0.999") / "ppo"
+    slow = copied.run(*PPO_ALONE, *FAST, "stage.ema_decay=0.999") / "ppo"
     start = next((copied.outputs / "stages").glob("sft-*"))
     assert 0 < _distance(slow, start) < 0.02 * _distance(last, start)
 
@@ -128,7 +121,7 @@ def test_weights_that_a_monitor_went_back_to_are_handed_on_without_an_average(co
         "min_entropy_ratio=1",
         "max_length_ratio=1.0001",
     )
-    words = (*ALONE, *FAST, *(f"stage.monitor.{word}" for word in watch))
+    words = (*PPO_ALONE, *FAST, *(f"stage.monitor.{word}" for word in watch))
     plain, averaged = (copied.run(*words, *more) / "ppo" for more in ((), ("stage.ema_decay=0.999",)))
     metrics = json.loads((averaged / "alignpipe.json").read_text())["metrics"]
     assert metrics["monitor"]["stopped_at"] == 1
@@ -141,14 +134,14 @@ def test_weights_that_a_monitor_went_back_to_are_handed_on_without_an_average(co
     ids=["rloo", "grpo", "reinforce_pp"],
 )
 def test_estimators_without_a_value_model_train_none(copied: Project, words: tuple[str, ...]) -> None:
-    lines = _lines(copied.run(*ALONE, *GROUPS, *(f"stage.{word}" for word in words)) / "ppo")
+    lines = _lines(copied.run(*PPO_ALONE, *GROUPS, *(f"stage.{word}" for word in words)) / "ppo")
     assert not any("value" in name or "variance" in name for line in lines for name in line)
     assert all(line["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5) for line in lines)
     assert abs(lines[1]["objective/kl"]) > 1e-3
 
 
 def test_stop_and_resume_lose_nothing(copied: Project) -> None:
-    words = (*ALONE, *FAST, *EVERYTHING, "stage.save_steps=100")
+    words = (*PPO_ALONE, *FAST, *EVERYTHING, "stage.save_steps=100")
     whole = copied.run(*words) / "ppo"
     lines = _lines(whole)
     assert {"ppo/ptx_loss", "ppo/approx_kl"} <= lines[1].keys()
@@ -191,7 +184,7 @@ def _losses(
     project: Project, model: PreTrainedModel, experience: Experience, cut: int
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of all responses, in micro-batches of a size, shortest first."""
-    config = project.compose(*ALONE[:1], "stage.reward_model=rm", *SETTINGS).config.stage
+    config = project.compose(*PPO_ALONE[:1], "stage.reward_model=rm", *SETTINGS).config.stage
     models = cast(Models, SimpleNamespace(policy=model))
     policy_fn = _policy_fn(cast(PPOConfig, config), models, experience, 0.3)
     rows = experience.rows()

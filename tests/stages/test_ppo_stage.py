@@ -12,15 +12,7 @@ from alignpipe.losses.ppo import adapt_kl_coef
 from alignpipe.rollout.experience import ResponseRow, minibatches
 from alignpipe.rollout.scaling import RunningMoments
 from alignpipe.stages.ppo import _scores
-from tests.project import Project
-
-ALONE = (
-    "stage=ppo",
-    "stage.policy=latest/sft",
-    "stage.reference=latest/sft",
-    "stage.reward_model=latest/rm",
-    "stage.log_steps=1",
-)
+from tests.project import PPO_ALONE, Project
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -28,13 +20,13 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _config(project: Project, *words: str) -> PPOConfig:
-    config = project.compose(*ALONE, *words).config.stage
+    config = project.compose(*PPO_ALONE, *words).config.stage
     assert isinstance(config, PPOConfig)
     return config
 
 
 def test_first_minibatch_meets_the_policy_that_sampled(copied: Project) -> None:
-    lines = _lines(copied.run(*ALONE, "stage.ppo_epochs=2", "stage.micro_batch_size=4"))
+    lines = _lines(copied.run(*PPO_ALONE, "stage.ppo_epochs=2", "stage.micro_batch_size=4"))
     for line in lines:
         # The policy has changed by the second rollout, and still each begins with itself.
         assert line["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5)
@@ -48,14 +40,14 @@ def test_first_minibatch_meets_the_policy_that_sampled(copied: Project) -> None:
 
 
 def test_kl_is_measured_against_the_reference_and_not_the_start(copied: Project) -> None:
-    lines = _lines(copied.run(*ALONE, "stage.policy=latest/rs", "stage.num_rollouts=1"))
+    lines = _lines(copied.run(*PPO_ALONE, "stage.policy=latest/rs", "stage.num_rollouts=1"))
     assert abs(lines[0]["objective/kl"]) > 1e-3
     assert lines[0]["ppo/ratio_first"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_adaptive_controller_moves_the_coefficient_by_its_formula(copied: Project) -> None:
     words = ("stage.kl_controller=adaptive", "stage.target_kl=0.5", "stage.kl_horizon=100")
-    folder = copied.run(*ALONE, *words)
+    folder = copied.run(*PPO_ALONE, *words)
     config = _config(copied, *words)
     lines = _lines(folder)
     coef = config.kl_coef
@@ -70,14 +62,14 @@ def test_adaptive_controller_moves_the_coefficient_by_its_formula(copied: Projec
 
 
 def test_fixed_coefficient_stays(copied: Project) -> None:
-    lines = _lines(copied.run(*ALONE))
+    lines = _lines(copied.run(*PPO_ALONE))
     assert {line["objective/kl_coef"] for line in lines} == {_config(copied).kl_coef}
 
 
 def test_penalty_lowers_the_score_by_the_share_of_unfinished_responses(copied: Project) -> None:
     # The first rollout is the same whatever the penalty, since it is sampled before any update.
     without, with_penalty = (
-        _lines(copied.run(*ALONE, "stage.num_rollouts=1", f"stage.missing_eos_penalty={penalty}"))[0]
+        _lines(copied.run(*PPO_ALONE, "stage.num_rollouts=1", f"stage.missing_eos_penalty={penalty}"))[0]
         for penalty in (0, 3)
     )
     unfinished = 1 - without["objective/finished"]

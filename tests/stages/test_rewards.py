@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from alignpipe.artifact import sha256_file
-from alignpipe.errors import AlignpipeError, ConfigError, Stopped
-from alignpipe.training.context import Context
+from alignpipe.errors import AlignpipeError, ConfigError
 from tests.project import Project
+from tests.stopping import stopped_at_the_first_save
 
 RS = ("stage=rs", "stage.policy=latest/sft", "stage.num_prompts=24")
 PPO = ("stage=ppo", "stage.policy=latest/sft", "stage.reference=latest/sft", "stage.log_steps=1")
@@ -92,9 +92,7 @@ def test_ensemble_of_a_model_with_itself_is_the_model(copied: Project) -> None:
     assert policy["reward"] == pytest.approx(policy[f"reward/{folder}"])
 
 
-def test_ppo_learns_from_both_and_resumes_bit_for_bit(
-    copied: Project, function: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ppo_learns_from_both_and_resumes_bit_for_bit(copied: Project, function: str) -> None:
     words = (*PPO, MODEL, function, "stage.save_steps=1")
     folder = copied.run(*words) / "ppo"
     weights, lines = sha256_file(folder / "model.safetensors"), _rows(folder / "metrics.jsonl")
@@ -102,17 +100,9 @@ def test_ppo_learns_from_both_and_resumes_bit_for_bit(
     assert copied.states() == {"ppo": "done"}
     copied.run(*words)
     assert copied.states() == {"ppo": "reused"}
-    save = Context.save
-
-    def stopping(context: Context, *given: Any, **named: Any) -> None:
-        save(context, *given, **named)
-        raise Stopped("as a signal would")
-
     task = copied.prepare("ppo", *words)
-    with monkeypatch.context() as patched:
-        patched.setattr(Context, "save", stopping)
-        with pytest.raises(Stopped):
-            copied.run(*words)
+    with stopped_at_the_first_save():
+        copied.run(*words)
     copied.run(*words)
     assert sha256_file(task.target / "model.safetensors") == weights
     # An edit, and the stage is another one.

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from alignpipe.compose.composition import compose
-from alignpipe.config import ArchitectureConfig, StageConfig
+from alignpipe.config import ArchitectureConfig, Config, StageConfig
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.context import Context
@@ -16,8 +16,14 @@ from alignpipe.training.metrics import MetricLog
 from alignpipe.training.progress import StageProgress
 
 
+@pytest.fixture(scope="session")
+def on_cpu() -> Config:
+    """The configuration that says how every context runs."""
+    return compose(["launch=cpu"]).config
+
+
 @pytest.fixture
-def make_context(tmp_path: Path, architecture: ArchitectureConfig) -> Callable[..., Context]:
+def make_context(tmp_path: Path, architecture: ArchitectureConfig, on_cpu: Config) -> Callable[..., Context]:
     """Builds the context of a stage that works in a folder of its own."""
 
     def make(config: StageConfig, name: str = "stage", stop: StopSignal | None = None) -> Context:
@@ -35,8 +41,8 @@ def make_context(tmp_path: Path, architecture: ArchitectureConfig) -> Callable[.
             chat_template="",
             architecture=architecture,
             attn_implementation="sdpa",
-            launch=compose(["launch=cpu"]).config.launch,
-            adapter=compose([]).config.adapter,
+            launch=on_cpu.launch,
+            adapter=on_cpu.adapter,
         )
         accelerator = Accelerator(cpu=True)
         progress = StageProgress(name, Console(quiet=True))
