@@ -9,74 +9,27 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from alignpipe.artifact import Manifest
-from alignpipe.config import (
-    TINY,
-    Config,
-    DPOConfig,
-    EvalConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RSConfig,
-    SFTConfig,
-    StageConfig,
-    TrainingConfig,
-    is_composed,
-    num_ppo_steps,
-    num_steps,
-    reward_weights,
-)
+from alignpipe.config import TINY, Config, DPOConfig, SFTConfig
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
-from alignpipe.errors import CheckpointError, ConfigError, MachineError
+from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
-from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.build import build_graph
 from alignpipe.pipeline.counts import Rows, count_rows, judged_twice
-from alignpipe.pipeline.estimate import Estimate, estimate, make_setting, shapes
-from alignpipe.pipeline.graph import LISTS, Graph, Node, is_reward
+from alignpipe.pipeline.estimate import estimate, make_setting, shapes
+from alignpipe.pipeline.graph import Graph, Node
 from alignpipe.pipeline.hub import model_folder
-from alignpipe.pipeline.keys import add_keys, why_not_reused
+from alignpipe.pipeline.keys import add_keys
 from alignpipe.pipeline.launch import num_processes
 from alignpipe.pipeline.lengths import fit_lengths
 from alignpipe.pipeline.memory import Setting
+from alignpipe.pipeline.plan_row import PlanRow, make_row
 from alignpipe.pipeline.store import Store
 
-BYTES_PER_WEIGHT = 4
 # AdamW keeps two moments beside the weights; two states are kept at a time.
 STATE_COPIES = 3 * 2
-
-
-@dataclass
-class PlanRow:
-    """One stage of a plan.
-
-    Attributes:
-        name: of the stage.
-        kind: of the stage.
-        key: of the stage.
-        reads: what feeds it, in words.
-        rows: it trains on or samples from; None where that is known only later.
-        steps: optimizer updates; None for a stage that does not train.
-        batch: the batch arithmetic, in words.
-        disk: bytes that stay.
-        state: reuse, resume or run.
-        why: of the state.
-        estimate: memory, tokens and time; None for a stage that is reused or of unknown shape.
-    """
-
-    name: str
-    kind: str
-    key: str
-    reads: str
-    rows: int | None
-    steps: int | None
-    batch: str
-    disk: int
-    state: str
-    why: str
-    estimate: Estimate | None = None
 
 
 @dataclass
@@ -145,8 +98,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
         warnings += counted.warnings + _warnings(node, graph)
         models, notes = shapes(node, graph, config)
         warnings += [note for note in notes if note not in warnings]
-        row = _row(node, counted, reused, store, models)
-        row.batch = _batch(node, num_processes(config.launch))
+        row = make_row(node, counted, reused, store, models, num_processes(config.launch))
         if node.name not in reused:
             row.estimate = estimate(node, models, counted, row.steps, setting, machine)
         warnings += _misfit(node, row, config, setting, machine)
@@ -241,88 +193,6 @@ def fallback_template(config: Config, graph: Graph) -> str:
         sources = [ref.source for node in graph for ref in node.data.values() if ref.source is not None]
         name = "alpaca" if any(detect_format(source) == "alpaca" for source in sources) else "plain"
     return find_template(name)
-
-
-def checkpointformat_bytes(node: Node, models: dict[str, Architecture]) -> int:
-    """Size of the weights that a stage leaves behind, as float32; 0 where the shape is not known."""
-    if not trains(node) or "policy" not in models:
-        return 0
-    shape = models["policy"]
-    return BYTES_PER_WEIGHT * (shape.scalar_parameters if node.kind == "rm" else shape.parameters)
-
-
-def _row(
-    node: Node, counted: Rows, reused: dict[str, Manifest], store: Store, models: dict[str, Architecture]
-) -> PlanRow:
-    manifest = reused.get(node.name)
-    if manifest is not None:
-        state, why = "reuse", "finished with the same inputs"
-    elif states := store.states(node.kind, node.key):
-        state, why = "resume", f"stopped at {states[-1]}"
-    else:
-        state, why = "run", why_not_reused(node, store)
-    disk = (
-        sum(entry.size for entry in manifest.files.values())
-        if manifest
-        else checkpointformat_bytes(node, models)
-    )
-    several, listed = LISTS.get(node.kind, ("", " "))
-    lists = [ref.name for role, ref in node.models.items() if role.startswith(f"{listed}_")]
-    alone = [role for role in node.models if not role.startswith(f"{listed}_")]
-    if node.rewarded:
-        alone = [role for role in alone if not is_reward(role)]
-    reads = [f"{role}={node.models[role].name}" for role in alone] + _reward_words(node.config)
-    reads += [f"{several}={','.join(lists)}"] if lists else []
-    reads += [
-        f"{role}={'+'.join(Path(name).name for name in ref.name.split(' + '))}"
-        for role, ref in node.data.items()
-    ]
-    steps = _steps(node, counted)
-    return PlanRow(node.name, node.kind, node.key, " ".join(reads), counted.used, steps, "", disk, state, why)
-
-
-def _reward_words(config: StageConfig) -> list[str]:
-    """What a reward is made of, such as `reward=1*helpful+0.5*safety gate=safety<0.15`; nothing for one model alone."""
-    if not isinstance(config, RSConfig | PPOConfig | EvalConfig) or not is_composed(config.reward):
-        return []
-    reward = config.reward
-    models = "+".join(f"{weight:g}*{name}" for name, weight in reward_weights(config).items())
-    terms = [models if reward.ensemble == "sum" else f"{reward.ensemble}({models})"] if models else []
-    terms += [f"{reward.function_weight:g}*{Path(reward.function).name}"] if reward.function else []
-    gate = [f"gate={reward.gate.model}<{reward.gate.below:g}"] if reward.gate.model else []
-    return [f"reward={'+'.join(terms)}", *gate]
-
-
-def trains(node: Node) -> bool:
-    """Whether a stage leaves weights behind."""
-    return isinstance(node.config, OptimizerConfig)
-
-
-def _steps(node: Node, counted: Rows) -> int | None:
-    if isinstance(node.config, PPOConfig):
-        return num_ppo_steps(node.config)
-    if isinstance(node.config, TrainingConfig) and counted.used:
-        return num_steps(node.config, counted.used)
-    return None
-
-
-def _batch(node: Node, processes: int) -> str:
-    """The rows of a step: of one forward, times forwards, times processes where there are several.
-
-    Raises:
-        ConfigError: fewer rows than processes.
-    """
-    if not isinstance(node.config, OptimizerConfig):
-        return ""
-    size = node.config.batch_size
-    if size < processes:
-        raise ConfigError(
-            f"{node.name}: batch_size {size} is less than launch.num_processes {processes}, so some would have nothing "
-            f"to do; raise it to {processes} or start fewer processes"
-        )
-    own = -(-size // processes)
-    micro = min(node.config.micro_batch_size, own)
-    return f"{size} = {micro} x {-(-own // micro)}" + (f" x {processes}" if processes > 1 else "")
 
 
 def _warnings(node: Node, graph: Graph) -> list[str]:
