@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from alignpipe.compose.yaml_files import check_file, key_lines
 from alignpipe.config import (
     KINDS,
     PREFERENCE_LOSSES,
+    Config,
     DataConfig,
     GateConfig,
     ModelConfig,
@@ -37,6 +39,11 @@ PIPELINES = {
 }
 
 
+@cache
+def _config(*words: str) -> Config:
+    return compose(list(words)).config
+
+
 def _name(path: Path) -> str:
     return path.relative_to(CONF).as_posix()
 
@@ -54,8 +61,8 @@ def _word(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_file_composes(path: Path) -> None:
     check_file(path)
-    composed = compose(_word(path))
-    assert (composed.config.stage is None) != (composed.config.pipeline is None)
+    config = _config(*_word(path))
+    assert (config.stage is None) != (config.pipeline is None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -112,7 +119,7 @@ def test_global_package_line_is_the_first_line() -> None:
 def test_pipeline_has_its_stages_and_every_input_stands_before_its_reader(
     pipeline: str, order: list[str]
 ) -> None:
-    config = compose([f"pipeline={pipeline}"]).config
+    config = _config(f"pipeline={pipeline}")
     assert config.pipeline is not None
     assert config.pipeline.order == order
     assert set(config.stages) == set(order)
@@ -125,20 +132,20 @@ def test_pipeline_has_its_stages_and_every_input_stands_before_its_reader(
 
 
 def test_default_is_the_llama2_pipeline_on_the_embedded_world() -> None:
-    config = compose([]).config
+    config = _config()
     assert config.pipeline is not None
     assert (config.pipeline.name, config.model.path, config.data.path) == ("llama2_style", "tiny", "toy")
     assert config.stages["rm"].data.path == "collect"
 
 
 def test_pretraining_learns_every_token_of_raw_text() -> None:
-    stage = compose(["pipeline=from_scratch"]).config.stages["pretrain"]
+    stage = _config("pipeline=from_scratch").stages["pretrain"]
     assert (stage.kind, stage.data.format) == ("sft", "text")
     assert vars(stage)["loss_on"] == "all"
 
 
 def test_stage_data_is_the_roots_leaf_by_leaf() -> None:
-    config = compose(["stage=rm", "data.max_rows=7", "data.world.mix.fact=9", "stage.data.max_bad=1"]).config
+    config = _config("stage=rm", "data.max_rows=7", "data.world.mix.fact=9", "stage.data.max_bad=1")
     assert config.stage is not None
     assert config.stage.data.max_rows == 7
     assert config.stage.data.world.mix["fact"] == 9
@@ -146,7 +153,7 @@ def test_stage_data_is_the_roots_leaf_by_leaf() -> None:
 
 
 def test_one_mix_weight_of_a_stage_leaves_the_others_as_they_were() -> None:
-    config = compose(["stage=sft", "stage.data.world.mix.fact=9"]).config
+    config = _config("stage=sft", "stage.data.world.mix.fact=9")
     assert config.stage is not None
     assert config.stage.data.world.mix == config.data.world.mix | {"fact": 9.0}
 
@@ -157,18 +164,21 @@ def test_inherited_schema_points_every_leaf_at_the_root() -> None:
 
 
 def test_model_training_is_read_by_the_stages() -> None:
-    config = compose(["stage=dpo", "model.training.dpo.learning_rate=0.3"]).config
+    config = _config("stage=dpo", "model.training.dpo.learning_rate=0.3")
     assert config.stage is not None
     assert vars(config.stage)["learning_rate"] == 0.3
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_every_loss_of_dpo_has_usual_numbers_for_the_keys_it_reads_and_for_no_others(loss: str) -> None:
-    stage = vars(compose(["stage=dpo", f"stage.loss={loss}"]).config.stage)
+    stage = vars(_config("stage=dpo", f"stage.loss={loss}").stage)
     keys = {key for keys in PREFERENCE_LOSSES.values() for key in keys}
     assert {key for key in keys if stage[key] is not None} == set(PREFERENCE_LOSSES[loss])
     assert set(stage["usual"]) == set(PREFERENCE_LOSSES)
-    assert compose(["stage=dpo", f"stage.loss={loss}", "stage.beta=7"]).config.stage.beta == 7  # type: ignore
+
+
+def test_a_number_that_is_said_stands_before_the_usual_one_of_a_loss() -> None:
+    assert vars(_config("stage=dpo", "stage.loss=simpo", "stage.beta=7").stage)["beta"] == 7
 
 
 def test_every_stage_value_that_depends_on_size_is_in_both_models() -> None:
@@ -194,8 +204,8 @@ def test_readme_names_every_option() -> None:
 
 
 def test_reward_hacking_biases_labelers_and_loosens_kl() -> None:
-    hacked = compose(["experiment=reward_hacking"]).config
-    plain = compose(["pipeline=instructgpt_style"]).config
+    hacked = _config("experiment=reward_hacking")
+    plain = _config("pipeline=instructgpt_style")
     assert hacked.data.labelers.bias.flattery > plain.data.labelers.bias.flattery
     assert hacked.stages["collect"].data.labelers.bias == hacked.data.labelers.bias
     assert vars(hacked.stages["ppo"])["kl_coef"] < vars(plain.stages["ppo"])["kl_coef"]
