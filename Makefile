@@ -7,7 +7,7 @@ BASE = $(VENV)/.base.stamp
 TOOLS = $(VENV)/.tools.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu lint types format check clean
+.PHONY: help demo test test-all test-fast test-gpu lint types format check bench bench-quick clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -28,6 +28,17 @@ test-fast: $(TOOLS) ## Run the tests of what needs no pipeline
 
 test-gpu: $(TOOLS) ## Run what needs a GPU, and print its table (docs/launch.md)
 	$(BIN)/python -m benchmarks.gpu
+
+BENCH = $(BIN)/python -m benchmarks
+ROWS = $(if $(DATA),--data $(DATA))
+
+bench: $(TOOLS) ## Time everything against the peers, on DATA=FOLDER or the embedded world: hours (docs/performance.md)
+	$(BENCH).pipeline
+	$(BENCH).growth $(ROWS)
+	$(BENCH) $(ROWS)
+
+bench-quick: $(TOOLS) ## The cheapest of it, in minutes: small model, few rows, one setting of each peer
+	$(BENCH) $(ROWS) --quick sft dpo-precomputed sample
 
 lint: $(TOOLS) ## Look for slips in style
 	$(BIN)/ruff check .
