@@ -46,8 +46,13 @@ class TokenBatch:
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
+def collate(examples: Sequence[Example], pad_id: int, *, shared: bool = True) -> TokenBatch:
     """Pads examples on the right to the longest of them.
+
+    Args:
+        examples: Sequences.
+        pad_id: Fills up the shorter ones.
+        shared: A prompt that several have may be read once for all of them.
 
     Raises:
         ValueError: There is no example, or one is empty.
@@ -58,4 +63,6 @@ def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
     width = max(lengths)
     ids = [example.ids + [pad_id] * (width - len(example.ids)) for example in examples]
     mask = [example.mask + [False] * (width - len(example.mask)) for example in examples]
-    return TokenBatch(torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask), spans(examples))
+    return TokenBatch(
+        torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask), spans(examples, shared=shared)
+    )

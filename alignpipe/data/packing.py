@@ -44,13 +44,18 @@ class Branch(NamedTuple):
     shared: int
 
 
-def spans(examples: Sequence[Example]) -> tuple[Span, ...]:
-    """The rows that examples make; the prompt of each is what stands before the first token that is learnt."""
+def spans(examples: Sequence[Example], *, shared: bool = True) -> tuple[Span, ...]:
+    """The rows that examples make; the prompt of each is what stands before the first token that is learnt.
+
+    Args:
+        examples: of a batch.
+        shared: rows of the same prompt are one group; else each is its own.
+    """
     groups: dict[tuple[int, ...], int] = {}
     found = []
     for row, example in enumerate(examples):
         prompt = example.mask.index(True) if True in example.mask else 0
-        group = groups.setdefault(tuple(example.ids[:prompt]), row) if prompt else row
+        group = groups.setdefault(tuple(example.ids[:prompt]), row) if prompt and shared else row
         found.append(Span(len(example.ids), prompt, group))
     return tuple(found)
 

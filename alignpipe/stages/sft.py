@@ -41,7 +41,9 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
         held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)[0].examples
 
     def loss_fn(micro: Sequence[Example]) -> StepOutput:
-        batch = collate(micro, tokenizer.pad_id).to(context.device)
+        # Noise is each row's own, on its prompt too.
+        shared = config.neftune_alpha == 0
+        batch = collate(micro, tokenizer.pad_id, shared=shared).to(context.device)
         noise = (config.neftune_alpha, config.seed, context.step)
         with noisy_embeddings(policy, [row.ids for row in micro], *noise):
             logprobs = batch_logprobs(policy, batch)

@@ -24,6 +24,11 @@ def test_rows_without_a_learnt_token_share_nothing():
     assert [span.group for span in found] == [0, 1]
 
 
+def test_spans_are_their_own_groups_where_nothing_is_to_be_shared():
+    found = spans([row(LONG, 2), row(LONG, 5)], shared=False)
+    assert lay_out(found) == (Branch(0, 18, 0, 0), Branch(18, 39, 1, 0))
+
+
 def test_lay_out_leaves_a_shared_prompt_out_of_later_rows():
     rows = (Span(18, 16, 0), Span(17, 16, 1), Span(21, 16, 0))
     assert lay_out(rows) == (Branch(0, 18, 0, 0), Branch(18, 35, 1, 0), Branch(35, 40, 0, 16))

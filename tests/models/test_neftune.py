@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example
+from alignpipe.models.attention import allow_packing, can_pack
+from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.neftune import noisy_embeddings, row_noise
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
@@ -42,6 +46,20 @@ def test_noise_of_a_row_keeps_the_bound_and_padding_has_none(
         assert found[: len(row)].abs().max() <= bound * (1 + 1e-5)
         assert found[: len(row)].abs().max() > 0.9 * bound
         assert not found[len(row) :].any()
+
+
+def test_noise_of_a_row_is_the_same_beside_others_and_under_padding(
+    make_llama: Callable[..., PreTrainedModel],
+) -> None:
+    padded, packed = make_llama().train(), allow_packing(make_llama().train())
+    batch = collate([Example(row, [False] + [True] * (len(row) - 1)) for row in ROWS], 0)
+    found = []
+    for model in (padded, packed):
+        with noisy_embeddings(model, ROWS, ALPHA, 0, 3):
+            found.append(batch_logprobs(model, batch))
+    assert can_pack(packed) and not can_pack(padded)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    assert (found[0] - batch_logprobs(padded, batch)).abs().max() > 0.01
 
 
 def test_noise_is_uniform_with_the_deviation_of_the_formula() -> None:
