@@ -96,7 +96,7 @@ CASES = (
     Case("14M", "rm", 32, 96, (*FIT, *_batch(4, 4))),
     Case("57M", "rm", 32, 96, (*FIT, *_batch(2, 1))),
     Case("14M", "dpo", 32, 96, (*FIT, *ASK, *_batch(8, 4))),
-    Case("28M", "dpo", 32, 224, (*FIT, *ASK, *_batch(2, 1))),
+    Case("28M", "dpo", 32, 224, (*FIT, *ASK, *_batch(2, 1), "stage.max_steps=5")),
     Case("3M", "ppo", 32, 64, (*PPO, *_sizes(16, 16, 16, 64))),
     Case("28M", "ppo", 32, 32, (*PPO, *_sizes(8, 8, 4, 32))),
     Case("2M", "rs", 32, 64, (*RS, *_batch(8, 8), "stage.num_prompts=64", "stage.max_response_length=64")),

@@ -83,6 +83,7 @@ class Architecture:
         kept_wide: numbers a token leaves in a block for the backward pass in float32 whatever the precision.
         kept: the same, in the precision of matrix products.
         read_again: numbers of a token that a second and third matrix read too.
+        softcapped: logits go through a tanh (arXiv:2408.00118, section 2).
         source: where the weights come from; roles of one source share a base below their adapters.
     """
 
@@ -103,6 +104,7 @@ class Architecture:
     kept_wide: int
     kept: int
     read_again: int
+    softcapped: bool = False
     source: str = ""
 
     @property
@@ -267,6 +269,7 @@ def parse_architecture(raw: dict[str, Any]) -> Architecture:
         kept=2 * hidden + 2 * queries + 2 * keys + 4 * inner,
         # q, k and v read the same; gate and up do.
         read_again=3 * hidden,
+        softcapped=bool(raw.get("final_logit_softcapping")),
     )
 
 

@@ -42,6 +42,7 @@ from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, read_parts, re
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import Graph, Node, wanted
+from alignpipe.pipeline.heaviest import Length, mean_length
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.references import DataRef
 
@@ -57,8 +58,9 @@ class Rows:
         used: rows it trains on or samples from, pairs or labels for dpo; None where an earlier stage decides.
         warnings: one sentence each.
         longest: tokens of the longest row looked at, of the longest prompt where the stage samples; None if unread.
-        shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
+        items: tokens of the rows looked at, of each ranking the mean of its responses; none if unread.
         mean: tokens of a row, of one response's in rankings.
+        mean_prompt: those of them that are not learnt.
         responses: of a prompt, at most; 0 where they are not ranked.
         share: rows of its share that fit, before the stage's own limit.
     """
@@ -66,8 +68,9 @@ class Rows:
     used: int | None = None
     warnings: list[str] = field(default_factory=list)
     longest: int | None = None
-    shortest_prompt: int = 0
+    items: tuple[Length, ...] = ()
     mean: float = 0.0
+    mean_prompt: float = 0.0
     responses: int = 0
     share: int | None = None
 
@@ -215,17 +218,18 @@ def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[
 def _measure(rows: Rows, examples: Sequence[Any]) -> None:
     """Write down how long the examples are: rows, the responses of rankings, or prompts."""
     groups = [example.examples if isinstance(example, RankedExample) else [example] for example in examples]
-    flat = [item for group in groups for item in group]
-    lengths = [item.num_tokens if isinstance(item, Example) else len(item) for item in flat]
-    begins = [
-        item.mask.index(True) if isinstance(item, Example) and True in item.mask else 0 for item in flat
-    ]
-    if flat and not isinstance(flat[0], Example):
-        begins = lengths
-    rows.longest, rows.mean = max(lengths, default=None), sum(lengths) / max(1, len(lengths))
-    rows.shortest_prompt = min(begins, default=0)
+    lengths = [[_length(item) for item in group] for group in groups]
+    flat = [length for group in lengths for length in group]
+    rows.items = tuple(map(mean_length, lengths))
+    rows.longest = max((int(length.tokens) for length in flat), default=None)
+    mean = mean_length(flat or [Length(0, 0)])
+    rows.mean, rows.mean_prompt = mean.tokens, mean.tokens - mean.learnt
     if examples and isinstance(examples[0], RankedExample):
         rows.responses = max(len(group) for group in groups)
+
+
+def _length(item: Any) -> Length:
+    return Length(item.num_tokens, sum(item.mask)) if isinstance(item, Example) else Length(len(item), 0)
 
 
 def _fate(ref: DataRef) -> str:
@@ -261,8 +265,9 @@ def _of_collect(node: Node, graph: Graph, config: Config, chat_template: str) ->
     return Rows(
         kept,
         longest=asked.longest + more,
-        shortest_prompt=asked.shortest_prompt,
+        items=tuple(Length(prompt.tokens + more, more) for prompt in asked.items),
         mean=asked.mean + more,
+        mean_prompt=asked.mean,
         responses=stage.config.num_samples,
     )
 

@@ -86,7 +86,7 @@ def make_setting(config: Config, machine: Machine) -> Setting:
         decided(config.launch),
         config.adapter,
         gpu=machine.gpu,
-        eager=config.model.attn_implementation == "eager",
+        attention=config.model.attn_implementation,
     )
 
 
@@ -134,7 +134,7 @@ def estimate(
         or "policy" not in models
     ):
         return None
-    work = _work(node.config, rows)
+    work = _work(node.config, rows, steps)
 
     def needs(config: StageConfig, under: Setting) -> Memory:
         return peak(stage_moments(config, models, work, under))
@@ -150,17 +150,17 @@ def estimate(
     )
 
 
-def _work(config: Any, rows: Rows) -> Work:
+def _work(config: Any, rows: Rows, steps: int | None) -> Work:
     """The rows as far as they are known, else the longest that the configuration allows."""
     responses = rows.responses or (getattr(config, "num_samples", 1) if config.kind == "collect" else 2)
     if rows.longest is not None:
-        return Work(rows.longest, rows.shortest_prompt, responses)
+        return Work(rows.longest, responses, rows.items, steps or 1)
     limit = (
         config.max_length
         if hasattr(config, "loss_on") or config.kind in ("rm", "dpo")
         else config.max_prompt_length
     )
-    return Work(limit, 0, responses)
+    return Work(limit, responses)
 
 
 def _effort(
@@ -189,9 +189,10 @@ def _learning_effort(
     """A stage that ends in training over fixed rows, with what it samples and scores before."""
     mean, items, passes = rows.mean, steps * config.batch_size, _passes(setting)
     if isinstance(config, RMConfig):
-        return _read(shape, items * rows.responses * mean, mean, passes, head=False)
+        tokens = items * rows.responses * _row_tokens(rows, rows.responses, setting)
+        return _read(shape, tokens, mean, passes, head=False)
     if isinstance(config, DPOConfig):
-        return _dpo_effort(config, shape, mean, items, used / max(1, rows.responses - 1), passes)
+        return _dpo_effort(config, shape, rows, items, used / max(1, rows.responses - 1), setting)
     if isinstance(config, RSConfig):
         prompts, total = used * (1 - config.replay) / num_selected(config), mean + config.max_response_length
         asked = _sampled(config, shape, prompts, config.num_samples, mean, setting)
@@ -200,18 +201,28 @@ def _learning_effort(
     return _read(shape, items * mean, mean, passes)
 
 
+def _row_tokens(rows: Rows, together: int, setting: Setting) -> float:
+    """Tokens that are read for each of several responses to one prompt in one forward."""
+    shared = rows.mean_prompt if setting.shares(rows.mean_prompt) else 0.0
+    return rows.mean - shared * (1 - 1 / together)
+
+
 def _dpo_effort(
-    config: DPOConfig, shape: Architecture, mean: float, items: int, half_responses: float, passes: int
+    config: DPOConfig, shape: Architecture, rows: Rows, items: int, half_responses: float, setting: Setting
 ) -> Effort:
     """K responses make up to K (K - 1) / 2 pairs, and a reference reads each response once.
 
     KTO learns from one response an item, and reads one to another prompt beside it.
     """
-    scored = 0.0 if config.loss in REFERENCE_FREE else 2 * half_responses * mean
+    mean, passes = rows.mean, _passes(setting)
+    together = max(1, min(rows.responses, config.micro_batch_size))
+    scored = 2 * half_responses * _row_tokens(rows, together, setting)
+    if config.loss in REFERENCE_FREE:
+        scored = 0.0
     if config.loss in UNPAIRED:
-        scored += items * mean
-        return _read(shape, items * mean, mean, passes) + _read(shape, scored, mean, 1)
-    return _read(shape, 2 * items * mean, mean, passes) + _read(shape, scored, mean, 1)
+        return _read(shape, items * mean, mean, passes) + _read(shape, scored + items * mean, mean, 1)
+    learnt = 2 * items * _row_tokens(rows, 2, setting)
+    return _read(shape, learnt, mean, passes) + _read(shape, scored, mean, 1)
 
 
 def _ppo_effort(config: PPOConfig, shape: Architecture, mean: float, setting: Setting) -> Effort:

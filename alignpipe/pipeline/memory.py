@@ -5,14 +5,17 @@ models, a forward or an optimizer step, launch -> the moments of it; `moments.py
 What is counted is what the stages hold. Weights, gradients and the two moments of AdamW are 4 bytes a number each and
 are cut over processes as the stages 1 to 3 of arXiv:1910.02054 (section 5) cut them. Activations are what autograd
 keeps, counted for our blocks as arXiv:2205.05198 (section 4.1) counts them for another; the tests hold the count
-against a forward pass. Logits are (positions learnt x vocabulary), and once more as their gradient, since
-`losses/logprobs.py` works through the rest in blocks.
+against a forward pass. Rows have no padding, and a prompt that several of them share is there once (data/packing.py).
+Logits are (tokens learnt x vocabulary) where the whole model makes them, and once more as their gradient; elsewhere
+`losses/logprobs.py` keeps few and works through many in blocks.
 
 One figure is measured, not derived: `RUNTIME`, what a stage on a CPU leaves behind beside its tensors. The estimate is
 of bytes in use: what the allocator keeps of freed ones comes on top (see `benchmarks/memory.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -23,12 +26,17 @@ from alignpipe.config import (
     OptimizerConfig,
     SamplingConfig,
 )
+from alignpipe.data.packing import MIN_SHARED
 from alignpipe.pipeline.architecture import Architecture
+from alignpipe.pipeline.heaviest import Length, heaviest
 
 WIDE = 4
 ADAMW_MOMENTS = 2
-# losses/logprobs.py: elements of a (tokens, vocabulary) block in float32.
+# losses/logprobs.py: bytes of a (tokens, vocabulary) block in float32, and how many logits are kept.
 BLOCK = 2**22 * WIDE
+KEPT_LOGITS = 2**24
+# models/attention.py: rows of so few tokens are padded for attention.
+SHORT = 96
 # Bytes that live beside tensors: on a CPU as measured; on a GPU CUDA's context, cuBLAS, NCCL and gaps, a round figure.
 RUNTIME = 20e6
 GPU_RUNTIME = 1e9
@@ -87,13 +95,13 @@ class Setting:
         launch: with a strategy and a number of processes that are decided.
         adapter: low-rank or none.
         gpu: whether the stage's memory is a GPU's, with that of the CPU beside it.
-        eager: attention writes its weights out.
+        attention: its implementation.
     """
 
     launch: LaunchConfig
     adapter: AdapterConfig
     gpu: bool = False
-    eager: bool = False
+    attention: str = "sdpa"
 
     @property
     def processes(self) -> int:
@@ -120,6 +128,10 @@ class Setting:
         """Whether adapters are trained in place of whole weights."""
         return self.adapter.kind != "none"
 
+    def shares(self, prompt: float) -> bool:
+        """Whether a prompt of so many tokens is read once for all rows of a forward that have it."""
+        return self.attention != "eager" and prompt >= MIN_SHARED
+
 
 @dataclass(frozen=True)
 class Work:
@@ -127,47 +139,81 @@ class Work:
 
     Attributes:
         longest: tokens of the longest row; of the longest prompt in a stage that samples.
-        shortest_prompt: tokens before the first one learnt, in the row that has the fewest.
         responses: of a prompt, in rankings.
+        items: rows looked at, of each ranking the mean of its responses; none where they are not known.
+        steps: of training.
     """
 
     longest: int
-    shortest_prompt: int = 0
     responses: int = 1
+    items: tuple[Length, ...] = ()
+    steps: int = 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward: sequences, their padded length, and the positions at which the vocabulary's head works."""
+    """One forward.
+
+    Attributes:
+        rows: sequences.
+        length: tokens of each, on average.
+        learnt: those of each that the vocabulary's head predicts.
+        sharing: rows whose prompt another row has too.
+        adds: its gradients are added to those of a forward before it.
+    """
 
     rows: int
-    length: int
-    columns: int = 0
+    length: float
+    learnt: float = 0
+    sharing: int = 0
+    adds: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Padding among them."""
-        return self.rows * self.length
+    def prompt(self) -> float:
+        """Tokens of a row before those that are learnt."""
+        return self.length - self.learnt
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that are read."""
+        return self.rows * self.length - self.sharing * self.prompt
 
 
 @dataclass(frozen=True)
 class Role:
-    """A model as a stage uses it: with the head of a language model or one number a token."""
+    """A model as a stage uses it.
+
+    Attributes:
+        shape: of its body.
+        num_heads: of a reward or value model; 0 is a language model.
+        entropy: its gradient is taken too.
+    """
 
     shape: Architecture
-    scalar: bool = False
+    num_heads: int = 0
+    entropy: bool = False
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it gives numbers a token in place of logits."""
+        return self.num_heads > 0
 
     def own(self, setting: Setting) -> int:
         """Parameters that belong to this role alone: all, or its adapter and its scalar head."""
         if not setting.adapted:
-            return self.shape.scalar_parameters if self.scalar else self.shape.parameters
+            return self.size
         adapter = self.shape.adapter_parameters(setting.adapter.rank, list(setting.adapter.target_modules))
-        return adapter + self.shape.hidden_size * self.scalar
+        return adapter + self.shape.hidden_size * self.num_heads
 
     @property
     def size(self) -> int:
         """Parameters of the whole model."""
-        return self.shape.scalar_parameters if self.scalar else self.shape.parameters
+        shape = self.shape
+        return shape.body + shape.hidden_size * self.num_heads if self.scalar else shape.parameters
+
+    def whole_logits(self, setting: Setting) -> bool:
+        """Whether the logits of all learnt tokens are there at once (models/forward.py)."""
+        return not self.scalar and (setting.cut or self.entropy or self.shape.softcapped)
 
 
 def peak(moments: list[Memory]) -> Memory:
@@ -180,10 +226,27 @@ def micro_rows(config: OptimizerConfig, setting: Setting) -> int:
     return max(1, min(config.micro_batch_size, ceil(config.batch_size / setting.processes)))
 
 
-def training_batch(config: Any, work: Work, setting: Setting) -> Batch:
-    """One forward over training rows of the longest kind."""
-    length = min(work.longest, config.max_length)
-    return Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+def heaviest_rows(config: Any, work: Work, setting: Setting) -> dict[bool, Length]:
+    """The mean row of the heaviest micro-batch, by whether it adds to the gradients of one before it.
+
+    The longest row, all of it learnt, where rows are not known or padded.
+    """
+    size, processes = micro_rows(config, setting), setting.processes
+    several = config.batch_size > size * processes
+    if not work.items or setting.attention == "eager":
+        return {several: Length(work.longest, work.longest)}
+    draw = partial(heaviest, work.items, config.seed, work.steps, config.batch_size, size, processes)
+    return {False: draw(0), True: draw(1)} if several else {False: draw(0)}
+
+
+def training_batches(config: Any, work: Work, setting: Setting, responses: int = 1) -> list[Batch]:
+    """The heaviest forwards over training rows, each of several responses to a prompt."""
+    items, found = micro_rows(config, setting), []
+    for adds, row in heaviest_rows(config, work, setting).items():
+        length, learnt = (min(tokens, config.max_length) for tokens in row)
+        sharing = items * (responses - 1) * setting.shares(length - learnt)
+        found.append(Batch(items * responses, length, learnt, sharing, adds))
+    return found
 
 
 def held_memory(
@@ -215,18 +278,26 @@ def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
         return width * (layers * shape.layer + outside) + WIDE * shape.layer * backward
     found = 0.0
     if width < WIDE:
-        # Autocast keeps a 16-bit copy of every matrix that is trained, or that a gradient passes through.
-        matrices = shape.num_layers * shape.matrices + shape.embedding * (not role.scalar)
-        found += width * (learnt if setting.adapted and not backward else matrices)
+        # Autocast keeps a 16-bit copy of every matrix that is trained, or that a gradient passes through; the head too.
+        matrices = learnt if setting.adapted and not backward else shape.num_layers * shape.matrices
+        found += width * (matrices + shape.embedding * (not role.scalar))
     if backward and setting.launch.strategy == "ddp" and setting.processes > 1:
         found += WIDE * max(min(BUCKET, learnt), 0 if setting.adapted else shape.embedding)
     return found
 
 
-def training_moments(
-    held: Memory, role: Role, batch: Batch, config: OptimizerConfig, setting: Setting
-) -> list[Memory]:
-    """One optimizer step: the loss, the blocks' backward pass, its end, and AdamW."""
+def training_moments(held: Memory, role: Role, batches: Sequence[Batch], setting: Setting) -> list[Memory]:
+    """One optimizer step: its heaviest forwards and backwards, and AdamW."""
+    gradients = WIDE * role.own(setting) * setting.share
+    updated = WIDE * _adamw_temporaries(role, setting)
+    return [
+        *(moment for batch in batches for moment in _gradient_moments(held, role, batch, setting)),
+        held.plus("step", gradients=gradients, other=updated),
+    ]
+
+
+def _gradient_moments(held: Memory, role: Role, batch: Batch, setting: Setting) -> list[Memory]:
+    """The loss, the blocks' backward pass, and its end."""
     shape, launch = role.shape, setting.launch
     layer, between = _layer_activations(shape, batch, setting), _temporaries(shape, batch, setting)
     kept = shape.num_layers * layer
@@ -236,35 +307,43 @@ def training_moments(
         kept, again = shape.num_layers * batch.tokens * shape.hidden_size * stream, layer
     if launch.activation_offload and setting.gpu:
         kept = min(kept, 2 * kept / shape.num_layers)
+    # The last norm, and the states that the head reads.
     kept += 3 * shape.hidden_size * batch.tokens * WIDE
-    logits, block = _logits(shape, batch, setting)
+    kept += batch.rows * batch.learnt * shape.hidden_size * setting.width * (not role.scalar)
+    logits, blocks = _logits(role, batch, setting, backward=True)
     gradients = WIDE * role.own(setting) * setting.share
-    head = 0.0 if setting.adapted else WIDE * shape.embedding
-    tied = head * (shape.tied and not role.scalar)
-    accumulates = config.batch_size > micro_rows(config, setting) * setting.processes
-    before = gradients * accumulates
-    sharded = WIDE * shape.embedding * setting.share
+    embedding = 0.0 if setting.adapted else WIDE * shape.embedding
+    head = embedding * (not role.scalar)
+    tied = head * shape.tied
+    before = gradients * batch.adds
+    # Block by block the head's gradient grows, in 16 bits beside the product that is added to it.
+    growing = 0.0 if role.whole_logits(setting) else head
+    product = growing * (setting.width < WIDE) / 2
     offloaded = launch.optimizer_offload and setting.gpu
     moments = 0.0 if offloaded else held.optimizer
     copies = _copies(role, setting, backward=True)
     at_work = replace(held, optimizer=moments).plus("", copies=copies)
-    updated = _adamw_temporaries(role, setting)
     return [
-        at_work.plus("loss", gradients=before, activations=kept, logits=2 * logits, other=block),
+        at_work.plus(
+            "loss",
+            gradients=before + growing * (not batch.adds),
+            activations=kept,
+            logits=logits,
+            other=blocks + product + growing * batch.adds,
+        ),
         at_work.plus(
             "backward",
-            gradients=before + (0.0 if role.scalar or setting.adapted else sharded) * (not accumulates),
+            gradients=before + head * setting.share * (not batch.adds),
             activations=kept + again + between,
-            other=tied * accumulates,
+            other=tied * batch.adds,
         ),
         # The embedding's gradient comes last, as a whole; a tied head's has waited for it.
         at_work.plus(
             "backward",
             gradients=gradients,
             activations=layer + between,
-            other=head * accumulates + tied,
+            other=embedding * batch.adds + tied,
         ),
-        held.plus("step", gradients=gradients, other=WIDE * updated),
     ]
 
 
@@ -290,12 +369,36 @@ def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> f
     if setting.width < WIDE and not setting.cut:
         # Autocast casts a matrix's input each time it is read, and keeps every one of these.
         numbers += shape.read_again * setting.width
-    if setting.eager:
-        # Attention weights in float32, once more in 16 bits; keys and values repeated for every query head.
-        weights = batch.length * (WIDE + (setting.width if setting.width < WIDE else 0))
-        repeated = 2 * (shape.num_heads - shape.num_kv_heads) * shape.head_dim * setting.width
-        numbers += shape.num_heads * (weights - WIDE) + repeated
-    return batch.tokens * numbers
+    return batch.tokens * numbers + _attention_activations(shape, batch, setting)
+
+
+def _attention_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:
+    """Bytes that attention keeps in one block beside queries, keys, values and what comes out, each once."""
+    width, queries = setting.width, shape.num_heads * shape.head_dim
+    if setting.attention == "flash_attention_2":
+        # A shared prompt's keys and values lie before those of each row that reads it.
+        return batch.sharing * batch.prompt * shape.kv_width * width
+    # Keys and values are repeated for every query head.
+    repeated = batch.tokens * (2 * queries - shape.kv_width) * width
+    if setting.attention == "eager":
+        # Its weights in float32, once more in 16 bits, in place of a normalizer a head.
+        weights = batch.length * (WIDE + (width if width < WIDE else 0)) - WIDE
+        return repeated + batch.tokens * shape.num_heads * weights
+    # What comes out of each row is laid side by side.
+    return repeated + (batch.tokens * queries + _sharing(shape, batch, setting)) * width
+
+
+def _sharing(shape: Architecture, batch: Batch, setting: Setting) -> float:
+    """Numbers that attention keeps in one block for rows whose prompt another row has too."""
+    queries = shape.num_heads * shape.head_dim
+    autocast = setting.width < WIDE and not setting.cut
+    if batch.length <= SHORT:
+        # Padded to the others: a prompt's queries, keys, values and what comes out. Autocast casts the mask each time.
+        mask = batch.rows * batch.length**2 * (batch.sharing > 0)
+        return 4 * batch.sharing * batch.prompt * queries + mask * autocast
+    # Keys and values of the prompt and its response, where only autocast leaves nothing of the keys it casts.
+    again = (2 * batch.length - batch.learnt * autocast) * queries
+    return batch.sharing * (again + batch.learnt * batch.length * autocast)
 
 
 def _temporaries(shape: Architecture, batch: Batch, setting: Setting) -> float:
@@ -303,19 +406,26 @@ def _temporaries(shape: Architecture, batch: Batch, setting: Setting) -> float:
     return batch.tokens * (3 * shape.intermediate_size + 2 * shape.hidden_size) * setting.width
 
 
-def _logits(shape: Architecture, batch: Batch, setting: Setting) -> tuple[float, float]:
-    """Bytes of the logits, and of the blocks in float32 that are made of them."""
-    numbers = batch.rows * batch.columns * shape.vocab_size
-    return numbers * setting.width, min(BLOCK, numbers * WIDE) * (1 if setting.width == WIDE else 2)
+def _logits(role: Role, batch: Batch, setting: Setting, *, backward: bool) -> tuple[float, float]:
+    """Bytes of the logits that are held with their gradients, and of the blocks that losses/logprobs.py works in."""
+    numbers = 0 if role.scalar else batch.rows * batch.learnt * role.shape.vocab_size
+    if role.whole_logits(setting):
+        # Before and after a soft cap; one gradient, and the entropy's that is added to it.
+        held = numbers * (1 + role.shape.softcapped + backward * (1 + role.entropy))
+    else:
+        held = numbers * (backward and numbers <= KEPT_LOGITS)
+    # Probabilities, and those of the block before; logits too where none in float32 are held.
+    more = setting.width < WIDE or not held
+    return held * setting.width, min((2 + more) * BLOCK, (1 + more) * numbers * WIDE)
 
 
 def scoring_moment(held: Memory, role: Role, batch: Batch, setting: Setting) -> Memory:
     """A forward without gradients over whole rows; the moments of AdamW wait."""
-    logits, block = _logits(role.shape, batch, setting)
+    logits, blocks = _logits(role, batch, setting, backward=False)
     alive = _temporaries(role.shape, batch, setting)
     waiting = _waiting(held, setting)
     copies = _copies(role, setting, backward=False)
-    return waiting.plus("score", copies=copies, activations=alive, logits=logits, other=2 * block)
+    return waiting.plus("score", copies=copies, activations=alive, logits=logits, other=blocks)
 
 
 def _waiting(held: Memory, setting: Setting) -> Memory:

@@ -3,7 +3,7 @@
 config of a stage, shapes of its models, lengths of its rows, launch -> moments -> the peak
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,12 @@ from alignpipe.pipeline.memory import (
     Setting,
     Work,
     check_moment,
+    heaviest_rows,
     held_memory,
     micro_rows,
     sampling_moments,
     scoring_moment,
-    training_batch,
+    training_batches,
     training_moments,
 )
 
@@ -49,14 +50,14 @@ def stage_moments(config: Any, models: dict[str, Architecture], work: Work, sett
 
 def _rewards(models: dict[str, Architecture]) -> list[Role]:
     """The frozen reward models of a stage: `reward_model`, `reward_0`, ..."""
-    return [Role(shape, scalar=True) for role, shape in models.items() if role.startswith("reward_")]
+    return [Role(shape, num_heads=1) for role, shape in models.items() if role.startswith("reward_")]
 
 
 def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
     """A reward model that chooses the epoch stays through training; those that select rows are gone before it."""
     policy = Role(models["policy"])
-    batch = training_batch(config, work, setting)
-    reward = [Role(models["reward_model"], scalar=True)] if "reward_model" in models else []
+    batches = training_batches(config, work, setting)
+    reward = [Role(models["reward_model"], num_heads=1)] if "reward_model" in models else []
     asked = [Role(models["selection_model"])] if "selection_model" in models else []
     held = held_memory(setting, trained=[policy], frozen=reward if config.select_epoch == "reward" else [])
     alone = replace(held, optimizer=0.0)
@@ -66,24 +67,24 @@ def _sft(config: SFTConfig, models: dict[str, Architecture], work: Work, setting
     selecting = replace(held_memory(setting, trained=[policy], frozen=judges), optimizer=0.0)
     looking = config.eval_rows if config.select_epoch == "reward" else 0
     return [
-        *([scoring_moment(selecting, judges[-1], batch, setting)] if judges else []),
+        *([scoring_moment(selecting, judges[-1], batches[0], setting)] if judges else []),
         *(
             sampling_moments(held, policy, config, config.max_prompt_length, looking, 1, setting)
             if looking
             else []
         ),
-        *training_moments(held, policy, batch, config, setting),
+        *training_moments(held, policy, batches, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
     ]
 
 
 def _rm(config: RMConfig, models: dict[str, Architecture], work: Work, setting: Setting) -> list[Memory]:
-    model = Role(models["policy"], scalar=True)
+    model = Role(models["policy"], config.num_heads)
     held = held_memory(setting, trained=[model])
-    batch = Batch(micro_rows(config, setting) * work.responses, min(work.longest, config.max_length))
+    batches = training_batches(config, work, setting, work.responses)
     return [
-        *training_moments(held, model, batch, config, setting),
+        *training_moments(held, model, batches, setting),
         check_moment(replace(held, optimizer=0.0), model, setting),
     ]
 
@@ -95,14 +96,14 @@ def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting
     """
     policy = Role(models["policy"])
     references = [Role(models[role]) for role in models if role == "reference"]
-    one = training_batch(config, work, setting)
-    learnt = one if config.loss in UNPAIRED else replace(one, rows=2 * one.rows)
+    (one, *_) = training_batches(config, work, setting)
+    batches = training_batches(config, work, setting, 1 if config.loss in UNPAIRED else 2)
     watching = _watching(config, models, references[0] if references else policy)
     held = held_memory(setting, trained=[policy], frozen=watching)
     alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
         *(scoring_moment(held_memory(setting, frozen=[model]), model, one, setting) for model in references),
-        *training_moments(held, policy, learnt, config, setting),
+        *training_moments(held, policy, batches, setting),
         *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),
         check_moment(alone, policy, setting),
@@ -114,15 +115,18 @@ def _rs(config: RSConfig, models: dict[str, Architecture], work: Work, setting: 
     policy, rewards = Role(models["policy"]), _rewards(models)
     before = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     held = held_memory(setting, trained=[policy], frozen=[*rewards, *_watching(config, models, policy)])
-    length = min(work.longest, config.max_prompt_length) + config.max_response_length
-    batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
-    scored = Batch(config.micro_batch_size, length)
+    batches = _response_batches(config, work, setting)
+    if config.replay:
+        # At the worst every token of a demonstration is learnt.
+        batches = [replace(batch, learnt=batch.length) for batch in batches]
+    longest = min(work.longest, config.max_prompt_length) + config.max_response_length
+    scored = Batch(config.micro_batch_size, longest)
     return [
         *sampling_moments(
             before, policy, config, work.longest, config.num_prompts, config.num_samples, setting
         ),
         *(scoring_moment(replace(held, optimizer=0.0), reward, scored, setting) for reward in rewards),
-        *training_moments(held, policy, batch, config, setting),
+        *training_moments(held, policy, batches, setting),
         *_looks(config, held, policy, setting),
         check_moment(replace(held, optimizer=0.0), policy, setting),
     ]
@@ -134,7 +138,7 @@ def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting
     trained = [policy]
     frozen = [reference, *_rewards(models), *_watching(config, models, reference)[1:]]
     # It starts as the reward model.
-    value = Role(models.get("reward_model", models["policy"]), scalar=True)
+    value = Role(models.get("reward_model", models["policy"]), num_heads=1)
     if config.has_value_model:
         trained.append(value)
     held = held_memory(setting, trained=trained, frozen=frozen)
@@ -146,35 +150,38 @@ def _ppo(config: PPOConfig, models: dict[str, Architecture], work: Work, setting
     held = held.plus("", other=responses * length * (8 + 1 + 7 * WIDE))
     if config.ema_decay is not None:
         held = held.plus("", weights=WIDE * policy.own(setting) * setting.share)
-    batch = Batch(micro_rows(config, setting), length, length - work.shortest_prompt)
+    batches = _response_batches(config, work, setting)
     moments = [
         *sampling_moments(held, policy, config, prompt, config.rollout_size, config.num_samples, setting),
         *_looks(config, held, policy, setting),
-        scoring_moment(held, policy, batch, setting),
-        *_policy_update(held, policy, batch, config, setting),
+        scoring_moment(held, policy, batches[0], setting),
+        *_policy_update(held, policy, batches, config, setting),
         check_moment(held, policy, setting),
     ]
     if config.has_value_model:
-        scalar = replace(batch, columns=0)
-        moments.append(scoring_moment(held, value, scalar, setting))
-        moments += training_moments(held, value, scalar, config, setting)
+        moments.append(scoring_moment(held, value, batches[0], setting))
+        moments += training_moments(held, value, batches, setting)
     return moments
 
 
+def _response_batches(config: RSConfig | PPOConfig, work: Work, setting: Setting) -> list[Batch]:
+    """The heaviest forwards over responses of the greatest length."""
+    rows, response = micro_rows(config, setting), config.max_response_length
+    return [
+        Batch(rows, min(row.tokens, config.max_prompt_length) + response, response, adds=adds)
+        for adds, row in heaviest_rows(config, work, setting).items()
+    ]
+
+
 def _policy_update(
-    held: Memory, policy: Role, batch: Batch, config: PPOConfig, setting: Setting
+    held: Memory, policy: Role, batches: Sequence[Batch], config: PPOConfig, setting: Setting
 ) -> list[Memory]:
     """An update of the policy, with the rows of PPO-ptx and the gradient of the entropy where they are asked for."""
     if config.ptx_coef > 0:
         # Its rows come in passes of their own, with gradients there already; at the worst every token is learnt.
-        batch = replace(batch, columns=batch.length)
-        config = replace(config, batch_size=config.batch_size + config.ptx_batch_size)
-    moments = training_moments(held, policy, batch, config, setting)
-    if config.entropy_coef > 0:
-        # losses/logprobs.py: a second gradient of the size of the logits, added to the first.
-        logits = batch.rows * batch.columns * policy.shape.vocab_size * setting.width
-        moments[0] = moments[0].plus(moments[0].moment, logits=logits)
-    return moments
+        batches = [replace(batch, learnt=batch.length, adds=True) for batch in batches]
+    learner = replace(policy, entropy=config.entropy_coef > 0)
+    return training_moments(held, learner, batches, setting)
 
 
 def _watching(
@@ -183,7 +190,7 @@ def _watching(
     """What a monitor holds: the model that KL is taken against, and a judge that is a reward model."""
     if config.monitor.action == "none":
         return []
-    return [reference, *([Role(models["judge"], scalar=True)] if "judge" in models else [])]
+    return [reference, *([Role(models["judge"], num_heads=1)] if "judge" in models else [])]
 
 
 def _looks(
@@ -212,11 +219,11 @@ def _eval(config: EvalConfig, models: dict[str, Architecture], work: Work, setti
     rewards = _rewards(models)
     held = replace(held_memory(setting, trained=[policy], frozen=rewards), optimizer=0.0)
     length = min(work.longest, config.max_prompt_length) + config.max_response_length
-    batch = Batch(config.generation_batch_size, length, length - work.shortest_prompt)
+    batch = Batch(config.generation_batch_size, length, config.max_response_length)
     moments = sampling_moments(
         held, policy, config, work.longest, config.num_prompts, config.num_samples, setting
     )
-    moments += [scoring_moment(held, role, replace(batch, columns=0), setting) for role in rewards]
+    moments += [scoring_moment(held, role, batch, setting) for role in rewards]
     if "reference" in models:
         reference = Role(models["reference"])
         beside = held_memory(setting, frozen=[*rewards, reference])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,36 @@ from transformers import PreTrainedModel
 
 from alignpipe.compose.composition import compose
 from alignpipe.config import ACCELERATORS, Config
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example
+from alignpipe.data.packing import lay_out, spans
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
+from alignpipe.losses.logprobs import BLOCK_ELEMENTS, KEPT_ELEMENTS
+from alignpipe.models.attention import SHORT as PADDED
+from alignpipe.models.attention import allow_packing
+from alignpipe.models.forward import body_states
 from alignpipe.models.saving import save_model
 from alignpipe.pipeline.accelerators import TABLE, find_machine
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture, parse_architecture, read_architecture
-from alignpipe.pipeline.estimate import decided
-from alignpipe.pipeline.memory import PARTS, Batch, Memory, Role, Setting, Work, peak, training_moments
+from alignpipe.pipeline.counts import Rows, count_rows
+from alignpipe.pipeline.estimate import decided, estimate
+from alignpipe.pipeline.heaviest import Length
+from alignpipe.pipeline.memory import (
+    BLOCK,
+    KEPT_LOGITS,
+    PARTS,
+    SHORT,
+    Batch,
+    Memory,
+    Role,
+    Setting,
+    Work,
+    peak,
+    training_batches,
+    training_moments,
+)
 from alignpipe.pipeline.moments import stage_moments
 from alignpipe.pipeline.plan import make_plan
 from benchmarks.memory import CASES, Case, build, estimated, measured
@@ -45,11 +68,13 @@ def _composed(kind: str) -> Config:
     return compose([f"stage={kind}", f"model={SHAPES}/llama-2-7b", *needs]).config
 
 
-def _stage(kind: str, *, adapter: str = "none", eager: bool = False, **launch: Any) -> tuple[Any, Setting]:
+def _stage(
+    kind: str, *, adapter: str = "none", attention: str = "sdpa", **launch: Any
+) -> tuple[Any, Setting]:
     """A stage of a 7B as its files have it, under another launch, on a GPU."""
     config = _composed(kind)
     under = decided(replace(config.launch, **launch))
-    return config.stage, Setting(under, replace(config.adapter, kind=adapter), gpu=True, eager=eager)
+    return config.stage, Setting(under, replace(config.adapter, kind=adapter), gpu=True, attention=attention)
 
 
 def _roles(shape: Architecture) -> dict[str, Architecture]:
@@ -139,11 +164,11 @@ def test_no_part_of_any_moment_is_negative(kind: str, shape: Architecture) -> No
             processes = 1 if strategy == "single" else 4
             launch = {"strategy": strategy, "num_processes": processes, "precision": precision}
             config, setting = _stage(kind, adapter=adapter, **launch)
-            for memory in stage_moments(config, _roles(shape), Work(100, 10), setting):
+            for memory in stage_moments(config, _roles(shape), Work(100, 4), setting):
                 assert all(getattr(memory, part) >= 0 for part in PARTS), memory
 
 
-def _kept(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> int:
+def _kept(model: PreTrainedModel, rows: list[Example], *, bf16: bool) -> int:
     """Bytes that a forward keeps beside the weights, each storage once; under autocast the 16-bit weights too."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.Tensor] = {}
@@ -153,10 +178,9 @@ def _kept(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> int:
             found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(input_ids=ids, use_cache=False, logits_to_keep=torch.arange(1))
+        output = body_states(model, collate(rows, 0))
     kept = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
     del output
     return kept
@@ -164,20 +188,91 @@ def _kept(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> int:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("prompts", [8, 2])
+@pytest.mark.parametrize("response", [24, 64])
 def test_activations_are_what_a_forward_keeps(
-    attention: str, precision: str, make_llama: Callable[..., PreTrainedModel]
+    attention: str, precision: str, prompts: int, response: int, make_llama: Callable[..., PreTrainedModel]
 ) -> None:
-    batch = Batch(8, 64, 1)
-    config, setting = _stage("sft", precision=precision, eager=attention == "eager")
+    mask = [False] * 40 + [True] * response
+    rows = [Example([row % prompts] * 40 + [9] * response, mask) for row in range(8)]
+    _, setting = _stage("sft", precision=precision, attention=attention)
+    batch = Batch(8, len(mask), response, (8 - prompts) * setting.shares(40))
     kept, told = [], []
     for layers in (1, 2):
         model = make_llama(num_hidden_layers=layers)
         model.set_attn_implementation(attention)
         found = parse_architecture(model.config.to_dict())
-        kept.append(_kept(model.train(), batch, bf16=precision == "bf16"))
-        loss = training_moments(Memory(), Role(found), batch, config, setting)[0]
+        kept.append(_kept(allow_packing(model).train(), rows, bf16=precision == "bf16"))
+        loss = training_moments(Memory(), Role(found), [batch], setting)[0]
         told.append(loss.activations + loss.copies)
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
+
+
+def test_limits_are_those_of_the_code() -> None:
+    assert (BLOCK, KEPT_LOGITS, SHORT) == (BLOCK_ELEMENTS * 4, KEPT_ELEMENTS, PADDED)
+
+
+def _logits(
+    shape: Architecture, rows: int = 4, *, scalar: bool = False, entropy: bool = False, **launch: Any
+) -> float:
+    """Tensors of the size of all logits that 512 learnt tokens a row leave at the loss."""
+    _, setting = _stage("sft", precision="bf16", **launch)
+    role = Role(shape, num_heads=int(scalar), entropy=entropy)
+    loss = training_moments(Memory(), role, [Batch(rows, 1024, 512)], setting)[0]
+    return loss.logits / (rows * 512 * shape.vocab_size * 2)
+
+
+def test_logits_are_held_where_the_whole_model_makes_them_or_where_they_are_few(shape: Architecture) -> None:
+    assert _logits(shape) == 0
+    assert _logits(replace(shape, vocab_size=8000)) == 1
+    assert _logits(shape, scalar=True) == 0
+    assert _logits(shape, strategy="fsdp2", num_processes=8) == 2
+    assert _logits(shape, entropy=True) == 3
+    assert _logits(replace(shape, softcapped=True)) == 3
+
+
+def test_soft_cap_is_read(shape: Architecture) -> None:
+    raw = json.loads((SHAPES / "llama-2-7b" / "config.json").read_text())
+    assert not shape.softcapped
+    assert parse_architecture({**raw, "model_type": "gemma2", "final_logit_softcapping": 30.0}).softcapped
+
+
+def test_responses_of_a_ranking_share_their_prompt(shape: Architecture) -> None:
+    config, setting = _stage("rm")
+    items = (Length(300, 100),) * config.batch_size
+    work = Work(300, 4, items)
+    batches = training_batches(config, work, setting, 4)
+    assert [batch.adds for batch in batches] == [False, True]
+    assert {batch.tokens for batch in batches} == {config.micro_batch_size * (200 + 4 * 100)}
+    padded = replace(setting, attention="eager")
+    assert [batch.tokens for batch in training_batches(config, work, padded, 4)] == [
+        config.micro_batch_size * 4 * 300
+    ]
+    # As data/packing.py lays them.
+    rows = [Example([1] * 200 + [2] * 100, [False] * 200 + [True] * 100)] * 4
+    assert lay_out(spans(rows))[-1].end == 200 + 4 * 100
+
+
+@pytest.mark.parametrize("kind", ["rm", "dpo", "sft"])
+def test_shared_prompt_is_read_once_in_the_time_too(kind: str, shape: Architecture) -> None:
+    config, setting = _stage(kind)
+    rows = Rows(used=600, longest=300, mean=300, mean_prompt=200, responses=4)
+    node: Any = SimpleNamespace(config=config, opened={})
+    told = []
+    for attention in ("sdpa", "eager"):
+        found = estimate(node, _roles(shape), rows, 10, replace(setting, attention=attention), TABLE["h100"])
+        assert found is not None and found.tokens is not None
+        told.append(found.tokens / (10 * config.batch_size))
+    assert told == {"rm": [200 + 4 * 100, 4 * 300], "dpo": [200 + 2 * 100, 2 * 300], "sft": [300, 300]}[kind]
+
+
+def test_every_head_of_a_reward_model_counts(shape: Architecture) -> None:
+    config, setting = _stage("rm")
+    one, five = (
+        stage_moments(replace(config, num_heads=heads), _roles(shape), Work(1024), setting)[0]
+        for heads in (1, 5)
+    )
+    assert five.weights - one.weights == 4 * 4 * shape.hidden_size
 
 
 def test_table_has_every_accelerator_of_the_configuration() -> None:
@@ -269,13 +364,23 @@ def test_plan_with_a_tokenizer_tells_tokens_and_time(
 ) -> None:
     save_model(make_llama(), tokenizer, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    plan = make_plan(_config(project, f"model='{tmp_path}/model'"), bare=True)
+    config = _config(project, f"model='{tmp_path}/model'")
+    plan = make_plan(config, bare=True)
     for row in plan.rows:
         assert row.estimate is not None and row.estimate.tokens and row.estimate.seconds
     sft = plan.rows[0]
     assert sft.rows is not None and sft.steps is not None and sft.estimate is not None
     mean = (sft.estimate.tokens or 0) / (sft.steps * 16)
     assert 5 < mean < 60
+    prompts, rankings = (
+        count_rows(plan.graph.nodes[name], plan.graph, config, plan.chat_template)
+        for name in ("collect", "rm")
+    )
+    response = vars(config.stages["collect"])["max_response_length"]
+    # Responses are not there yet, and counted at their longest.
+    assert rankings.items == tuple(Length(item.tokens + response, response) for item in prompts.items)
+    assert rankings.mean - rankings.mean_prompt == response
+    assert max(item.tokens for item in rankings.items) == rankings.longest
 
 
 def test_folder_of_an_unknown_family_is_planned_without_memory(project: Project, tmp_path: Path) -> None:
