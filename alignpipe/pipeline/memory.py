@@ -42,6 +42,8 @@ RUNTIME = 20e6
 GPU_RUNTIME = 1e9
 # NF4 weights with their double-quantized scales, bytes each (arXiv:2305.14314, section 3).
 QLORA_WEIGHT = 0.516
+# rollout/cache.py, rollout/decoder.py: tokens of a page of responses and of prompts; of prompts computed at once.
+PAGE, SHARED_PAGE, PREFILL_TOKENS = 32, 64, 2048
 # training/gradients.py: numbers of gradients that travel at once.
 BUCKET = 25 * 2**20
 
@@ -451,27 +453,29 @@ def sampling_moments(
         rows = min(rows, ceil(num_prompts / setting.processes) * num_samples)
     prompts = ceil(rows / num_samples)
     token = shape.num_layers * shape.kv_width * width
-    # rollout/cache.py: buffers for every response, full length, while those of the prompts are still there.
-    buffers = rows * (prompt + config.max_response_length) * token
+    # rollout/cache.py: pages for every response, full length, and for the prompts that they go on from.
+    pages = rows * _rounded(config.max_response_length, PAGE) + prompts * _rounded(prompt, SHARED_PAGE)
+    if num_samples == 1:
+        pages = rows * _rounded(prompt + config.max_response_length, PAGE)
+    # rollout/decoder.py: prompts computed ahead, beside the pages from the second time on.
+    ahead = Batch(max(1, PREFILL_TOKENS // prompt), prompt)
+    if num_prompts is not None and num_prompts <= ahead.rows * setting.processes:
+        ahead = Batch(ceil(num_prompts / setting.processes), prompt)
     copies = _copies(role, setting, backward=False)
     if setting.cut and setting.launch.generation_gather == "rollout":
         copies = width * role.size
     # rollout/sampling.py: logits, and two float64 tensors of their size.
     picked = rows * shape.vocab_size
-    forward = Batch(prompts, prompt)
-    mask = prompts * prompt**2 * (1 + width)
+    cache = (pages + ahead.tokens) * token
     waiting = _waiting(held, setting).plus("", copies=copies)
     return [
-        waiting.plus(
-            "prompts",
-            cache=prompts * prompt * token,
-            activations=_temporaries(shape, forward, setting) + mask,
-        ),
-        waiting.plus(
-            "sample", cache=buffers + prompts * prompt * token, logits=rows * shape.vocab_size * width
-        ),
-        waiting.plus("sample", cache=buffers, logits=picked * width, other=picked * 16),
+        waiting.plus("prompts", cache=cache, activations=_temporaries(shape, ahead, setting)),
+        waiting.plus("sample", cache=cache, logits=picked * width, other=picked * 16),
     ]
+
+
+def _rounded(tokens: int, page: int) -> int:
+    return ceil(tokens / page) * page
 
 
 def check_moment(held: Memory, role: Role, setting: Setting) -> Memory:

@@ -1,8 +1,11 @@
-"""Samples responses to prompts: each prompt is computed once for its samples, finished rows leave the batch.
+"""Samples responses to prompts: a prompt is computed once for its samples, and where one ends the next one begins.
 
 model, prompts, num_samples -> responses with their logprobs and whether they came to an end
+
+Continuous batching (Orca, OSDI 2022) inside one call.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,18 +13,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignpipe.config import SamplingConfig
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError
 from alignpipe.models.loading import evaluating, max_positions
 from alignpipe.models.sharding import in_step, is_sharded
-from alignpipe.rollout.cache import spread
+from alignpipe.rollout.decoder import Decoder, decoding
 from alignpipe.rollout.sampling import pick, uniforms
 
-# Rows are taken out when so many of them have finished: not one by one, since it costs a wait for the device.
-SHARE_FINISHED = 0.05
+# Tokens from one look at which responses have ended to the next; on an accelerator a look waits for its work.
+LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +44,29 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What holds for every batch of a call."""
+    """What holds for every response of a call."""
 
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
+    stop_ids: frozenset[int]
     temperature: float | None
     seed: int
     step: int
 
 
-class _Unit(NamedTuple):
-    """Some samples of one prompt, drawn in the same batch."""
+class _Request(NamedTuple):
+    """A response that is wanted.
+
+    Attributes:
+        prompt: place among the prompts, longest first.
+        sample: which of the prompt's.
+        prompt_index: of the prompt in the whole data set.
+        last: token of the prompt.
+    """
 
     prompt: int
-    first: int
-    size: int
+    sample: int
+    prompt_index: int
+    last: int
 
 
 def generate(  # noqa: PLR0913  (all but the first two are keywords)
@@ -91,7 +101,7 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
         step: of the stage's outer loop.
         prompt_ids: index of each prompt in the whole data set; their places in `prompts` when not given.
         batch_size: responses under way at once.
-        on_batch: called after each batch; may raise to stop.
+        on_batch: called whenever responses have ended; may raise to stop.
 
     Returns:
         For each prompt, in the order given, its responses.
@@ -100,20 +110,33 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
         ConfigError: prompt and response together are longer than what the model was made for.
     """
     _check_lengths(model, prompts, max_new_tokens)
-    settings = _Settings(max_new_tokens, tuple(stop_ids), pad_id, temperature or None, seed, step)
-    indices = np.asarray(range(len(prompts)) if prompt_ids is None else prompt_ids, dtype=np.int64)
-    samples: list[list[Sample]] = [[] for _ in prompts]
-    # Weights that are gathered under inference mode could not be trained afterwards.
-    without_gradients = torch.no_grad() if is_sharded(model) else torch.inference_mode()
-    with without_gradients, evaluating(model), in_step(model):
-        for units in _batches([len(prompt) for prompt in prompts], num_samples, batch_size):
-            numbers = _numbers(units, indices, settings)
-            found = _generate_batch(model, [prompts[unit.prompt] for unit in units], units, numbers, settings)
-            for unit in units:
-                samples[unit.prompt] += [next(found) for _ in range(unit.size)]
-            if on_batch is not None:
-                on_batch()
-    return samples
+    settings = _Settings(max_new_tokens, frozenset(stop_ids), temperature or None, seed, step)
+    # Longest first, so that memory fails early, and prompts computed together are of like length.
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+    waiting = deque(
+        _Request(prompt, sample, place if prompt_ids is None else prompt_ids[place], prompts[place][-1])
+        for prompt, place in enumerate(order)
+        for sample in range(num_samples)
+    )
+    slots = _Slots(min(batch_size, len(waiting)), settings, model.device)
+    found: dict[tuple[int, int], Sample] = {}
+    with (
+        # Weights that are gathered under inference mode could not be trained afterwards.
+        torch.no_grad() if is_sharded(model) else torch.inference_mode(),
+        evaluating(model),
+        in_step(model),
+        decoding(
+            model,
+            [prompts[place] for place in order],
+            num_samples=num_samples,
+            num_slots=len(slots.requests),
+            max_new_tokens=max_new_tokens,
+            pad_id=pad_id,
+        ) as decoder,
+    ):
+        for request, response in _responses(decoder, waiting, slots, on_batch or (lambda: None)):
+            found[order[request.prompt], request.sample] = response
+    return [[found[place, k] for k in range(num_samples)] for place in range(len(prompts))]
 
 
 def sample(
@@ -137,7 +160,7 @@ def sample(
         config: temperature, lengths, seed, batch.
         num_samples: responses to each prompt.
         step: of the stage's outer loop.
-        on_batch: called after each batch; may raise to stop.
+        on_batch: called whenever responses have ended; may raise to stop.
 
     Returns:
         For each index, in the order given, its responses.
@@ -170,130 +193,121 @@ def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new
         )
 
 
-def _batches(lengths: list[int], num_samples: int, batch_size: int) -> Iterator[list[_Unit]]:
-    """Groups of at most `batch_size` samples: prompts of like length, each prompt's samples in order."""
-    batch: list[_Unit] = []
-    free = batch_size
-    for prompt in sorted(range(len(lengths)), key=lengths.__getitem__):
-        first = 0
-        while first < num_samples:
-            # Samples of one prompt are kept together unless they alone are more than a batch.
-            if batch and free < min(num_samples - first, batch_size):
-                yield batch
-                batch, free = [], batch_size
-            count = min(num_samples - first, free)
-            batch.append(_Unit(prompt, first, count))
-            first, free = first + count, free - count
-    if batch:
-        yield batch
+def _responses(
+    decoder: Decoder, waiting: deque[_Request], slots: "_Slots", on_batch: Callable[[], None]
+) -> Iterator[tuple[_Request, Sample]]:
+    """All responses that are wanted, as they come to an end."""
+    _fill(decoder, waiting, slots)
+    while slots.live:
+        logits = decoder.step(slots.last[: slots.live])
+        slots.append(*pick(logits, slots.numbers_now(), slots.settings.temperature or 1.0))
+        if ended := slots.ended():
+            yield from slots.take(ended)
+            on_batch()
+            decoder.leave(ended)
+            _fill(decoder, waiting, slots)
 
 
-def _numbers(units: list[_Unit], indices: np.ndarray, settings: _Settings) -> Tensor | None:
-    """The uniform numbers of a batch, (N, max_new_tokens); None when the most probable token is taken."""
-    if settings.temperature is None:
-        return None
-    prompt = np.concatenate([np.full(unit.size, indices[unit.prompt]) for unit in units])
-    sample = np.concatenate([np.arange(unit.first, unit.first + unit.size) for unit in units])
-    position = np.arange(settings.max_new_tokens)
-    return uniforms(settings.seed, settings.step, prompt[:, None], sample[:, None], position)
+def _fill(decoder: Decoder, waiting: deque[_Request], slots: "_Slots") -> None:
+    """Let requests into free slots, and close the gaps where there are no more."""
+    free = slots.free()
+    if waiting and free and (decoder.joins or len(free) == len(slots.requests)):
+        entering = [waiting.popleft() for _ in free[: len(waiting)]]
+        slots.enter(free[: len(entering)], entering)
+        decoder.enter(free[: len(entering)], [request.prompt for request in entering])
+    decoder.move(*slots.close_up(), slots.live)
 
 
-def _generate_batch(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    units: list[_Unit],
-    numbers: Tensor | None,
-    settings: _Settings,
-) -> Iterator[Sample]:
-    """The responses to one batch of prompts, in the order of the units."""
-    device = model.device
-    rows = torch.tensor([row for row, unit in enumerate(units) for _ in range(unit.size)], device=device)
-    decoder = _Decoder(model, prompts, rows, settings)
-    numbers = None if numbers is None or device.type == "mps" else numbers.to(device)
-    stops = torch.tensor(settings.stop_ids, device=device)
-    tokens = torch.zeros(len(rows), settings.max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), settings.max_new_tokens, device=device)
-    slots = torch.arange(len(rows), device=device)
-    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
-    for position in range(settings.max_new_tokens):
-        column = None if numbers is None else numbers[slots, position]
-        chosen, chosen_logprobs = pick(decoder.logits, column, settings.temperature or 1.0)
-        tokens[slots, position], logprobs[slots, position] = chosen, chosen_logprobs
-        alive = alive & ~torch.isin(chosen, stops)
-        num_alive = int(alive.sum())
-        if num_alive == 0 or position + 1 == settings.max_new_tokens:
-            break
-        if num_alive <= (1 - SHARE_FINISHED) * len(slots):
-            kept = _closed_up(alive, num_alive)
-            decoder.keep(kept)
-            slots, chosen, alive = slots[kept], chosen[kept], alive[kept]
-        decoder.step(chosen)
-    return _cut(tokens.cpu(), logprobs.cpu(), stops.cpu())
+class _Slots:
+    """Responses under way, side by side in the first `live` rows of every tensor.
 
-
-class _Decoder:
-    """A batch of sequences under way: the cache, the mask over it, and the logits of the next token.
-
-    Prompts are padded on the left, so that all rows write their next token to the same column.
+    Args:
+        num_slots: responses at most.
+        settings: of the call.
+        device: of the model.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: list[list[int]], rows: Tensor, settings: _Settings
-    ) -> None:
-        self.model = model
-        width = max(map(len, prompts))
-        self.width = width
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        ids = torch.tensor([[settings.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
-        columns = torch.arange(width + settings.max_new_tokens, device=model.device)
-        mask = columns >= (width - lengths)[:, None]
-        output = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask[:, :width].long(),
-            position_ids=(columns[:width] - (width - lengths)[:, None]).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
+    def __init__(self, num_slots: int, settings: _Settings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.look_every = LOOK_EVERY.get(device.type, 8)
+        self.requests: list[_Request | None] = [None] * num_slots
+        self.live = self.clock = 0
+        self.lengths = np.zeros(num_slots, dtype=np.int64)
+        self.last = torch.zeros(num_slots, dtype=torch.long, device=device)
+        self.stopped = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        shape = num_slots, settings.max_new_tokens
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        # MPS has no float64.
+        self.numbers = torch.zeros(
+            shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
         )
-        self.cache: Cache = output.past_key_values
-        self.logits: Tensor = output.logits[rows, -1]
-        uniform = spread(self.cache, rows, settings.max_new_tokens)
-        self.mask = mask[rows]
-        self.positions = lengths[rows]
-        # Made here once: made anew at every token it costs more than a small model's attention does.
-        self.ready_made = uniform and model.config._attn_implementation == "sdpa"
+        self.stops = torch.tensor(sorted(settings.stop_ids), device=device)
 
-    def step(self, tokens: Tensor) -> None:
-        """Append one token to each row and compute what follows."""
-        self.width += 1
-        mask = self.mask[:, : self.width]
-        output = self.model(
-            input_ids=tokens[:, None],
-            attention_mask=mask[:, None, None] if self.ready_made else mask.long(),
-            position_ids=self.positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.positions = self.positions + 1
-        self.logits = output.logits[:, -1]
+    def free(self) -> list[int]:
+        """Slots without a response."""
+        return [slot for slot, request in enumerate(self.requests) if request is None]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+    def enter(self, slots: list[int], requests: list[_Request]) -> None:
+        """Begin responses, each after the last token of its prompt."""
+        for slot, request in zip(slots, requests, strict=True):
+            self.requests[slot] = request
+        self.lengths[slots], self.stopped[slots] = 0, False
+        self.last[slots] = torch.tensor([request.last for request in requests], device=self.device)
+        if self.settings.temperature is not None:
+            index, sample = (
+                np.array([[getattr(r, name)] for r in requests]) for name in ("prompt_index", "sample")
+            )
+            position = np.arange(self.settings.max_new_tokens)
+            numbers = uniforms(self.settings.seed, self.settings.step, index, sample, position)
+            self.numbers[slots] = numbers.to(self.numbers.device)
 
+    def numbers_now(self) -> Tensor | None:
+        """The uniform number of each next token, (live,); None where the most probable one is taken."""
+        if self.settings.temperature is None:
+            return None
+        return self.numbers[: self.live].gather(1, self._columns().to(self.numbers.device)).squeeze(1)
 
-def _closed_up(alive: Tensor, num_alive: int) -> Tensor:
-    """Indices of the rows that live on, the holes in front filled from the back, so that few rows move."""
-    order = torch.arange(num_alive, device=alive.device)
-    order[~alive[:num_alive]] = alive[num_alive:].nonzero().squeeze(1) + num_alive
-    return order
+    def append(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Add a token to each response, (live,)."""
+        columns = self._columns().to(self.device)
+        self.tokens[: self.live].scatter_(1, columns, tokens[:, None])
+        self.logprobs[: self.live].scatter_(1, columns, logprobs[:, None])
+        self.last[: self.live] = tokens
+        self.stopped[: self.live] |= torch.isin(tokens, self.stops)
+        self.lengths[: self.live] += 1
+        self.clock += 1
 
+    def ended(self) -> list[int]:
+        """The slots whose responses have come to an end, as far as is known."""
+        full = self.lengths[: self.live] == self.settings.max_new_tokens
+        if self.clock % self.look_every and not full.any():
+            return []
+        found: list[int] = np.flatnonzero(full | self.stopped[: self.live].cpu().numpy()).tolist()
+        return found
 
-def _cut(tokens: Tensor, logprobs: Tensor, stops: Tensor) -> Iterator[Sample]:
-    """Responses up to their first stop token; what a row drew later, before it was dropped, is left out."""
-    is_stop = torch.isin(tokens, stops)
-    finished = is_stop.any(1)
-    lengths = torch.where(finished, is_stop.int().argmax(1) + 1, tokens.shape[1])
-    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)
-    for ids, values, length, ended in rows:
-        yield Sample(ids[:length], values[:length], ended)
+    def take(self, slots: list[int]) -> Iterator[tuple[_Request, Sample]]:
+        """Hand out responses up to their first stop token, and free their slots."""
+        rows = zip(slots, self.tokens[slots].tolist(), self.logprobs[slots].tolist(), strict=True)
+        for slot, ids, values in rows:
+            request, length = self.requests[slot], int(self.lengths[slot])
+            assert request is not None
+            stop = next((i for i, token in enumerate(ids[:length]) if token in self.settings.stop_ids), None)
+            end = length if stop is None else stop + 1
+            yield request, Sample(ids[:end], values[:end], stop is not None)
+            self.requests[slot] = None
+
+    def close_up(self) -> tuple[list[int], list[int]]:
+        """Move the last responses into free slots before them; from where, and where to."""
+        self.live = len(self.requests) - len(self.free())
+        sources = [slot for slot, request in enumerate(self.requests) if request and slot >= self.live]
+        targets = [slot for slot in self.free() if slot < self.live]
+        self.lengths[targets] = self.lengths[sources]
+        for table in (self.last, self.stopped, self.tokens, self.logprobs, self.numbers):
+            table[targets] = table[sources]
+        for source, target in zip(sources, targets, strict=True):
+            self.requests[target], self.requests[source] = self.requests[source], None
+        return sources, targets
+
+    def _columns(self) -> Tensor:
+        return torch.from_numpy(self.lengths[: self.live, None].copy())

@@ -9,16 +9,26 @@ from transformers import MistralConfig, MistralForCausalLM
 from alignpipe.config import SamplingConfig
 from alignpipe.data.encoding import Example
 from alignpipe.errors import ConfigError
+from alignpipe.rollout import decoder
 from alignpipe.rollout import generate as module
+from alignpipe.rollout.cache import PAGED
 from alignpipe.rollout.generate import generate
 from alignpipe.rollout.score import response_logprobs
 
 NEVER = (10**6,)
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+def make_mistral():
+    """Looks back 6 tokens, which its own cache alone knows how to do."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return MistralForCausalLM(MistralConfig(**settings, sliding_window=6)).eval()
+
+
+@pytest.fixture(params=["llama", "gpt2", "mistral"])
 def model(request, make_llama, make_gpt2):
-    return {"llama": make_llama, "gpt2": make_gpt2}[request.param]()
+    return {"llama": make_llama, "gpt2": make_gpt2, "mistral": make_mistral}[request.param]()
 
 
 def make_prompts(count, seed=0, longest=12):
@@ -121,13 +131,94 @@ def test_a_prompt_among_longer_ones_draws_what_it_draws_alone(model):
     assert ids_of(sample(model, prompts, num_samples=4, batch_size=8, pad_id=77)) == together
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_dropping_finished_rows_early_or_never_changes_nothing(model, monkeypatch, share):
-    prompts = make_prompts(12)
-    expected = sample(model, prompts, num_samples=3, batch_size=36)
-    monkeypatch.setattr(module, "SHARE_FINISHED", share)
-    found = sample(model, prompts, num_samples=3, batch_size=36)
+def assert_same(found, expected):
     assert ids_of(found) == ids_of(expected)
+    for one, other in zip(chain(*found), chain(*expected), strict=True):
+        assert one.finished == other.finished
+        torch.testing.assert_close(
+            torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_refilled_slots_draw_what_no_refill_and_each_prompt_alone_do(model, num_samples, batch_size):
+    prompts = make_prompts(7, longest=40)
+    settings = {"num_samples": num_samples, "max_new_tokens": 40}
+    together = sample(model, prompts, batch_size=1000, **settings)
+    assert_same(sample(model, prompts, batch_size=batch_size, **settings), together)
+    alone = [sample(model, [prompt], prompt_ids=[i], **settings)[0] for i, prompt in enumerate(prompts)]
+    assert_same(alone, together)
+
+
+def test_a_prompt_of_many_samples_draws_what_as_many_prompts_do(make_llama):
+    model, prompt = make_llama(), make_prompts(1, longest=40)[0]
+    shared = sample(model, [prompt], num_samples=8, max_new_tokens=40)
+    for k in range(8):
+        # The last of k + 1 samples, one at a time: nothing is shared with company.
+        alone = sample(model, [prompt], num_samples=k + 1, max_new_tokens=40, batch_size=1)
+        assert_same([[alone[0][k]]], [[shared[0][k]]])
+
+
+def test_prompts_are_computed_once_and_a_few_at_a_time(make_llama, monkeypatch):
+    model, prompts = make_llama(), [[5, 6, 7 + i] * 3 for i in range(6)]
+    rows = []
+    model.register_forward_pre_hook(lambda *call: rows.append(call[-1]["input_ids"].shape), with_kwargs=True)
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 20)
+    sample(model, prompts, num_samples=4, batch_size=3)
+    assert [shape for shape in rows if shape[1] > 1] == [(2, 8)] * 3
+
+
+def test_slots_are_full_while_prompts_wait(make_llama):
+    rows = []
+    model = make_llama()
+    model.register_forward_pre_hook(lambda *call: rows.append(call[-1]["input_ids"].shape), with_kwargs=True)
+    found = sample(model, make_prompts(12), num_samples=2, batch_size=4, max_new_tokens=20)
+    steps = [count for count, width in rows if width == 1]
+    lengths = sorted(len(s.ids) for s in chain(*found))
+    assert len(set(lengths)) > 5
+    assert sum(steps) == sum(lengths)
+    # Only the last ones leave slots empty: no more steps than the longest takes.
+    assert steps[: -lengths[-1]] == [4] * (len(steps) - lengths[-1])
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_looking_seldom_at_what_has_ended_changes_nothing(model, monkeypatch, every):
+    prompts = make_prompts(9)
+    expected = sample(model, prompts, num_samples=3, batch_size=5)
+    monkeypatch.setattr(module, "LOOK_EVERY", {"cpu": every})
+    assert_same(sample(model, prompts, num_samples=3, batch_size=5), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_responses_of_one_token(model, batch_size):
+    prompts = make_prompts(5)
+    settings = {"num_samples": 2, "batch_size": batch_size}
+    long = sample(model, prompts, stop_ids=NEVER, **settings)
+    short = sample(model, prompts, stop_ids=NEVER, max_new_tokens=1, **settings)
+    stopped = sample(model, prompts, stop_ids=tuple(range(640)), **settings)
+    assert ids_of(short) == ids_of(stopped) == [[ids[:1] for ids in row] for row in ids_of(long)]
+    assert not any(s.finished for s in chain(*short))
+    assert all(s.finished for s in chain(*stopped))
+
+
+def test_prompts_of_one_token_alone(model):
+    prompts = [[7], [9]]
+    expected = [model(torch.tensor([prompt])).logits[0, -1].argmax().item() for prompt in prompts]
+    found = sample(model, prompts, temperature=0, stop_ids=NEVER)
+    assert [[ids[0] for ids in row] for row in ids_of(found)] == [[token] * 2 for token in expected]
+
+
+def test_attention_comes_back_as_it_was(make_llama):
+    model = make_llama()
+
+    def stop():
+        assert model.config._attn_implementation == PAGED
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, make_prompts(5), on_batch=stop)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_sampling_of_a_stage_says_what_its_configuration_does(make_llama, tokenizer):
@@ -176,10 +267,7 @@ def test_eager_attention_draws_what_sdpa_draws(make_llama):
 
 
 def test_sliding_windows_are_kept():
-    torch.manual_seed(0)
-    settings = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    model = MistralForCausalLM(MistralConfig(**settings, sliding_window=6)).eval()
+    model = make_mistral()
     prompts = make_prompts(5, longest=9)
     found = ids_of(sample(model, prompts, num_samples=1, temperature=0, stop_ids=NEVER))
     for prompt, row in zip(prompts, found, strict=True):
@@ -202,16 +290,16 @@ def test_dropout_plays_no_part_in_sampling(make_gpt2):
     assert ids_of(sample(model.train(), make_prompts(3))) == expected
 
 
-def test_on_batch_is_called_after_each_batch_and_may_stop(make_llama):
+def test_on_batch_is_called_whenever_responses_have_ended_and_may_stop(model):
     calls = []
-    sample(make_llama(), make_prompts(5), num_samples=2, batch_size=4, on_batch=lambda: calls.append(1))
+    sample(model, make_prompts(5), stop_ids=NEVER, batch_size=4, on_batch=lambda: calls.append(1))
     assert len(calls) == 3
 
     def stop():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(make_llama(), make_prompts(5), on_batch=stop)
+        sample(model, make_prompts(5), on_batch=stop)
 
 
 def test_more_tokens_than_positions_is_a_config_error(make_gpt2):
