@@ -38,7 +38,7 @@ bench: $(TOOLS) ## Time everything against the peers, on DATA=FOLDER or the embe
 	$(BENCH) $(ROWS)
 
 bench-quick: $(TOOLS) ## The cheapest of it, in minutes: small model, few rows, one setting of each peer
-	$(BENCH) $(ROWS) --quick sft dpo-precomputed sample
+	$(BENCH) $(ROWS) --quick sft dpo-precomputed
 
 lint: $(TOOLS) ## Look for slips in style
 	$(BIN)/ruff check .
