@@ -239,7 +239,9 @@ class PagedCache(Cache):
         """Write the new token of each slot, (live, heads, 1, d)."""
         keys, values = self.own.buffers(layer_idx, key_states, value_states)
         page, place = self.target
-        keys[page, :, :, place], values[page, :, place] = key_states.squeeze(2), value_states.squeeze(2)
+        # Under autocast transformers' own cache holds a prompt's values in the dtype of its keys.
+        keys[page, :, :, place] = key_states.squeeze(2).to(keys.dtype)
+        values[page, :, place] = value_states.squeeze(2).to(values.dtype)
         return key_states, value_states
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:

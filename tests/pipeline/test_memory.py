@@ -323,7 +323,7 @@ def test_advice_names_nothing_that_a_run_refuses(shape: Architecture) -> None:
 
 
 def test_smallest_change_of_a_stage_that_only_samples_is_a_smaller_batch(shape: Architecture) -> None:
-    assert _advice("collect", shape, 80e9, precision="bf16") == ("stage.generation_batch_size=32",)
+    assert _advice("collect", shape, 80e9, precision="bf16") == ("stage.generation_batch_size=64",)
 
 
 def test_nothing_makes_a_model_fit_into_nothing(shape: Architecture) -> None:
