@@ -692,6 +692,10 @@ def num_ppo_steps(config: PPOConfig) -> int:
     return config.num_rollouts * config.updates_per_rollout
 
 
+def _itself(store: ConfigStore, _memo: dict[int, Any]) -> ConfigStore:
+    return store
+
+
 @cache
 def register() -> None:
     """Put the schema where conf/*.yaml find it, in a group of its own so that it is no option of theirs.
@@ -699,6 +703,8 @@ def register() -> None:
     Hydra keeps it for as long as the process lives, and making its nodes takes a sixth of a composition.
     """
     store = ConfigStore.instance()
+    # Hydra copies the whole store at every look at a group, and each node again as it is loaded; that one is enough.
+    ConfigStore.__deepcopy__ = _itself  # type: ignore[attr-defined]
     groups: dict[str, type] = {
         "config": Config,
         "model": ModelConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignpipe.compose.composition import compose
-from alignpipe.config import KINDS, ArchitectureConfig, StageConfig
+from alignpipe.config import KINDS, ArchitectureConfig, Config, StageConfig
 from alignpipe.task import DataInput, ModelInput, Task, read_task, write_task
 
 HARD = [
@@ -34,6 +34,12 @@ def _config(kind: str) -> StageConfig:
     return stage
 
 
+@cache
+def _elsewhere() -> Config:
+    """Where nothing of the launch and of the adapter is as it usually is."""
+    return compose(["launch=fsdp2", "launch.num_processes=2", "adapter=lora"]).config
+
+
 def _task(kind: str, text: str = "base") -> Task:
     config = _config(kind)
     return Task(
@@ -48,8 +54,8 @@ def _task(kind: str, text: str = "base") -> Task:
         chat_template=text,
         architecture=ArchitectureConfig(64, 128, 2, 4, 7),
         attn_implementation="sdpa",
-        launch=compose(["launch=fsdp2", "launch.num_processes=2"]).config.launch,
-        adapter=compose(["adapter=lora"]).config.adapter,
+        launch=_elsewhere().launch,
+        adapter=_elsewhere().adapter,
         trackers=["tensorboard"],
         run=text,
         inputs={"settings": {"learning_rate": 1e-5, "text": text, "nothing": None, "rate": 3e-3}},

@@ -211,7 +211,7 @@ def test_best_job_stands_first_and_runs_again_from_its_file(
     "words",
     [
         ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"],
-        ["hydra/launcher=submitit_local"],
+        pytest.param(["hydra/launcher=submitit_local"], marks=pytest.mark.slow),
         ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.direction=maximize"],
     ],
     ids=lambda words: words[0],

@@ -1,14 +1,18 @@
 """What follows model= and data= reaches the configuration unchanged, whatever signs it holds."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from alignpipe.compose import compose
 from alignpipe.compose.words import parse, quote, rewrite
+from alignpipe.config import register
 from alignpipe.errors import AlignpipeError, CheckpointError, ConfigError, DataError
 
 OPTIONS = {"model": ["pretrained", "tiny"], "data": ["file", "toy"]}
@@ -162,3 +166,13 @@ def test_composing_twice_gives_the_same() -> None:
     first, second = compose(["stage=sft", "seed=3"]), compose(["stage=sft", "seed=3"])
     assert first.config == second.config
     assert first.yaml == second.yaml
+
+
+def test_schema_is_copied_where_it_is_loaded_and_nowhere_else() -> None:
+    register()
+    store = ConfigStore.instance()
+    assert deepcopy(store) is store
+    first, second = (store.load("schema/sft.yaml").node for _ in range(2))
+    first.epochs = 7
+    assert OmegaConf.is_missing(second, "epochs")
+    assert OmegaConf.is_missing(store.load("schema/sft.yaml").node, "epochs")
