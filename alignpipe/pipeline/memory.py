@@ -29,6 +29,7 @@ from alignpipe.config import (
 from alignpipe.data.packing import MIN_SHARED
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.heaviest import Length, heaviest
+from alignpipe.rollout.grouping import PREFILL_TOKENS, group_size
 
 WIDE = 4
 ADAMW_MOMENTS = 2
@@ -42,8 +43,6 @@ RUNTIME = 20e6
 GPU_RUNTIME = 1e9
 # NF4 weights with their double-quantized scales, bytes each (arXiv:2305.14314, section 3).
 QLORA_WEIGHT = 0.516
-# rollout/cache.py, rollout/decoder.py: tokens of a page of responses and of prompts; of prompts computed at once.
-PAGE, SHARED_PAGE, PREFILL_TOKENS = 32, 64, 2048
 # training/gradients.py: numbers of gradients that travel at once.
 BUCKET = 25 * 2**20
 
@@ -448,16 +447,15 @@ def sampling_moments(
         return []
     shape, width = role.shape, setting.width
     prompt = min(prompt, config.max_prompt_length)
-    rows = config.generation_batch_size
+    size = group_size(num_samples, config.generation_batch_size)
+    groups = config.generation_batch_size // size
     if num_prompts is not None:
-        rows = min(rows, ceil(num_prompts / setting.processes) * num_samples)
-    prompts = ceil(rows / num_samples)
+        groups = min(groups, ceil(num_prompts / setting.processes) * ceil(num_samples / size))
+    rows = groups * size
     token = shape.num_layers * shape.kv_width * width
-    # rollout/cache.py: pages for every response, full length, and for the prompts that they go on from.
-    pages = rows * _rounded(config.max_response_length, PAGE) + prompts * _rounded(prompt, SHARED_PAGE)
-    if num_samples == 1:
-        pages = rows * _rounded(prompt + config.max_response_length, PAGE)
-    # rollout/decoder.py: prompts computed ahead, beside the pages from the second time on.
+    # rollout/cache.py: each group's prompt and its responses at full length.
+    columns = groups * (prompt + size * config.max_response_length)
+    # rollout/decoder.py: prompts computed ahead, beside the groups from the second time on.
     ahead = Batch(max(1, PREFILL_TOKENS // prompt), prompt)
     if num_prompts is not None and num_prompts <= ahead.rows * setting.processes:
         ahead = Batch(ceil(num_prompts / setting.processes), prompt)
@@ -466,16 +464,12 @@ def sampling_moments(
         copies = width * role.size
     # rollout/sampling.py: logits, and two float64 tensors of their size.
     picked = rows * shape.vocab_size
-    cache = (pages + ahead.tokens) * token
+    cache = (columns + ahead.tokens) * token
     waiting = _waiting(held, setting).plus("", copies=copies)
     return [
         waiting.plus("prompts", cache=cache, activations=_temporaries(shape, ahead, setting)),
         waiting.plus("sample", cache=cache, logits=picked * width, other=picked * 16),
     ]
-
-
-def _rounded(tokens: int, page: int) -> int:
-    return ceil(tokens / page) * page
 
 
 def check_moment(held: Memory, role: Role, setting: Setting) -> Memory:

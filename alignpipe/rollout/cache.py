@@ -1,8 +1,10 @@
-"""A key-value cache in pages: sequences of all lengths without padding, and a prompt held once for all its samples.
+"""A key-value cache of groups: samples of one prompt that begin together, the prompt held and read once for them all.
 
-keys and values of a prompt -> pages; a token of each slot -> its last page; queries -> attention to a slot's pages
+keys and values of a prompt -> a group; a token of each sample -> the group's end; queries -> attention to the group
 
-Pages are those of arXiv:2309.06180; a prompt is read by the queries of its samples together (arXiv:2402.05099).
+A group's columns are its prompt, then the first tokens of all its samples, then the second ones, and so on. So its
+samples attend in one product, to the columns that are written and no more, each under a mask that hides the others
+(arXiv:2402.05099 reads a shared prompt in a pass of its own). A group of one sample is a plain slot.
 """
 
 from collections.abc import Sequence
@@ -12,252 +14,148 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Tokens of a page: what is left of a sequence's last one is read in vain, and each page costs a small matrix product.
-PAGE, SHARED_PAGE = 32, 64
-# Pages are moved to the front when more than this share of those that are read is free.
-FREE = 0.25
+# Groups that attend in one call, up to the longest of them: on a CPU padding costs more than a call does.
+TOGETHER = {"cpu": 8}
 # The name by which transformers knows `attend`.
-PAGED = "paged_slots"
+GROUPED = "grouped"
 
 # Keys (heads, T, d) and values (heads, T, d) of one layer.
 States = tuple[Tensor, Tensor]
 
 
-class Pages:
-    """Blocks of keys and values of every layer, each read by some slots.
+class GroupCache(Cache):
+    """Keys and values of samples under way, for a model all of whose layers attend to all of their past.
 
     Args:
-        count: of pages, to begin with.
-        size: tokens of one.
-        num_readers: slots that read a page at most.
-        num_slots: slots there are; this number itself stands for nobody.
+        num_groups: under way at most.
+        size: samples of a group at most; sample `g * size + i` is the one at place `i` of group `g`.
+        longest_prompt: tokens.
+        max_new_tokens: of a sample.
+        device: where it lives.
 
     Attributes:
-        keys: of each layer, (count, heads, d, size).
-        values: of each layer, (count, heads, size, d).
-        filled: tokens held, (count,); 0 where a page is free.
-        readers: slots, (count, num_readers).
-        places: of a page in its sequence, (count,).
-        prompts: the prompt that is held, (count,); -1 in pages of a response.
-    """
-
-    def __init__(self, count: int, size: int, num_readers: int, num_slots: int) -> None:
-        self.size, self.nobody = size, num_slots
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.filled, self.places = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        self.prompts, self.readers = np.full(count, -1), np.full((count, num_readers), num_slots)
-
-    def take(self, count: int) -> NDArray[np.int64]:
-        """The first free pages; more are made where there are too few."""
-        missing = count - int(np.count_nonzero(self.filled == 0))
-        if missing > 0:
-            self.filled, self.places, self.prompts = (
-                np.pad(table, (0, missing)) for table in (self.filled, self.places, self.prompts)
-            )
-            self.readers = np.pad(self.readers, ((0, missing), (0, 0)), constant_values=self.nobody)
-            for buffers in (self.keys, self.values):
-                buffers[:] = [pad(buffer, (0, 0, 0, 0, 0, 0, 0, missing)) for buffer in buffers]
-        return np.flatnonzero(self.filled == 0)[:count]
-
-    def holding(self, prompt: int) -> NDArray[np.int64]:
-        """The pages of a prompt; none when nobody reads it."""
-        return np.flatnonzero((self.prompts == prompt) & (self.filled > 0))
-
-    def write(self, prompt: int, states: Sequence[States]) -> NDArray[np.int64]:
-        """Put a prompt of one token or more, what each layer has of it, into free pages."""
-        length = states[0][0].shape[1]
-        order = np.arange(-(-length // self.size))
-        pages = self.take(len(order))
-        self.filled[pages] = np.minimum(length - order * self.size, self.size)
-        self.places[pages], self.prompts[pages], self.readers[pages] = order, prompt, self.nobody
-        end = (0, 0, 0, len(order) * self.size - length)
-        for layer, pair in enumerate(states):
-            buffers = self.buffers(layer, *pair)
-            keys, values = (pad(x, end).unfold(1, self.size, self.size).transpose(0, 1) for x in pair)
-            buffers[0][pages], buffers[1][pages] = keys, values.transpose(2, 3)
-        return pages
-
-    def buffers(self, layer: int, keys: Tensor, values: Tensor) -> States:
-        """All keys and values of a layer, made like (..., heads, T, d) when first asked for."""
-        if layer == len(self.keys):
-            count, heads, size = len(self.filled), keys.shape[-3], self.size
-            # Zeros, not empty: a NaN in unwritten memory would come through a mask as 0 * NaN.
-            self.keys.append(keys.new_zeros(count, heads, keys.shape[-1], size))
-            self.values.append(values.new_zeros(count, heads, size, values.shape[-1]))
-        return self.keys[layer], self.values[layer]
-
-    def leave(self, slots: Sequence[int]) -> None:
-        """Free what nobody else reads."""
-        self.readers[np.isin(self.readers, slots)] = self.nobody
-        self.filled[(self.readers == self.nobody).all(1)] = 0
-
-    def gather(self) -> NDArray[np.int64]:
-        """Move pages to the front when too many there are free; the new number of every page."""
-        numbers, used = np.arange(len(self.filled)), np.flatnonzero(self.filled)
-        if len(used) < (1 - FREE) * (used.max(initial=-1) + 1):
-            sources = used[used >= len(used)]
-            targets = self.take(len(sources))
-            for table in (self.filled, self.places, self.prompts, self.readers):
-                table[targets] = table[sources]
-            for buffer in (*self.keys, *self.values):
-                buffer[targets] = buffer[sources]
-            self.filled[sources], self.readers[sources] = 0, self.nobody
-            numbers[sources] = targets
-        return numbers
-
-    def open(self, live: int, device: torch.device) -> None:
-        """Lay out what one forward of the first slots reads."""
-        self.count = int(np.flatnonzero(self.filled).max(initial=-1)) + 1
-        readers, places = np.minimum(self.readers[: self.count], live), self.places[: self.count, None]
-        unwritten = np.arange(self.size) >= self.filled[: self.count, None]
-        bias = np.where(unwritten, -np.inf, 0.0).astype(np.float32)
-        self.bias = torch.from_numpy(bias[:, None, None]).to(device)
-        self.rows = torch.from_numpy(readers).to(device)
-        self.columns = torch.from_numpy(places).to(device).expand_as(self.rows)
-        self.width = (int(places.max(initial=-1)) + 1) * self.size
-
-    def score(self, layer: int, queries: Tensor, scores: Tensor) -> None:
-        """Write products of queries (N + 1, heads, g, d) and keys to (N + 1, heads, g, width), row N being nobody's."""
-        asked = queries[self.rows].transpose(1, 2).flatten(2, 3)
-        found = self.bias + asked @ self.keys[layer][: self.count]
-        self._paged(scores)[self.rows, :, :, self.columns] = self._by_reader(found).to(scores.dtype)
-
-    def add(self, layer: int, weights: Tensor, sums: Tensor) -> None:
-        """Add values under weights (N + 1, heads, g, width) to the sums of their slots, (N + 1, heads, g, d)."""
-        values = self.values[layer][: self.count]
-        asked = self._paged(weights)[self.rows, :, :, self.columns].transpose(1, 2).flatten(2, 3)
-        found = self._by_reader(asked.to(values.dtype) @ values)
-        sums.index_add_(0, self.rows.flatten(), found.flatten(0, 1).to(sums.dtype))
-
-    def _paged(self, grid: Tensor) -> Tensor:
-        return grid.view(*grid.shape[:-1], -1, self.size)
-
-    def _by_reader(self, found: Tensor) -> Tensor:
-        """(pages, heads, readers * g, x) -> (pages, readers, heads, g, x)."""
-        count, heads, _, width = found.shape
-        return found.view(count, heads, self.rows.shape[1], -1, width).transpose(1, 2)
-
-
-class PagedCache(Cache):
-    """Keys and values of sequences under way, for a model all of whose layers attend to all of their past.
-
-    Args:
-        num_slots: sequences at most.
-        num_samples: of a prompt.
-        longest_prompt: tokens.
-        max_new_tokens: of a sequence, after its prompt.
-        device: where it lives.
+        keys: of each layer, (num_groups, heads, columns, d); `values` likewise.
+        visible: what each sample attends to, (num_groups, size, columns) bool.
+        rows: of these tensors, for each group, (num_groups,); -1 where the group is free.
+        prompts: tokens of each group's prompt, (num_groups,).
+        lengths: tokens of each group's samples, (num_groups,).
     """
 
     def __init__(
-        self,
-        *,
-        num_slots: int,
-        num_samples: int,
-        longest_prompt: int,
-        max_new_tokens: int,
-        device: torch.device,
+        self, *, num_groups: int, size: int, longest_prompt: int, max_new_tokens: int, device: torch.device
     ) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.device = device
-        if num_samples == 1:
-            # A response goes on in the page where its prompt ends.
-            self.own = Pages(num_slots * -(-(longest_prompt + max_new_tokens) // PAGE), PAGE, 1, num_slots)
-            self.shared, self.pools = self.own, [self.own]
-        else:
-            # More where the last samples of many prompts are under way.
-            prompts = -(-num_slots // num_samples) * -(-longest_prompt // SHARED_PAGE)
-            self.own = Pages(num_slots * -(-max_new_tokens // PAGE), PAGE, 1, num_slots)
-            self.shared = Pages(prompts, SHARED_PAGE, min(num_samples, num_slots), num_slots)
-            self.pools = [self.shared, self.own]
-        # Of each slot: tokens, pages of its own, and the one that is written to.
-        self.lengths, self.counts = np.zeros(num_slots, dtype=np.int64), np.zeros(num_slots, dtype=np.int64)
-        self.pages = np.full(num_slots, -1)
+        self.size, self.device = size, device
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        columns = longest_prompt + size * max_new_tokens
+        self.visible = torch.zeros(num_groups, size, columns, dtype=torch.bool, device=device)
+        self.rows = np.full(num_groups, -1)
+        self.prompts, self.lengths = np.zeros((2, num_groups), dtype=np.int64)
 
-    def enter(self, slots: Sequence[int], prompt: int, states: Sequence[States]) -> None:
-        """Begin samples of a prompt.
+    def enter(self, group: int, states: Sequence[States]) -> None:
+        """Begin the samples of a prompt in a free group; states are what each layer has of the prompt."""
+        row, length = self._free_rows()[0], states[0][0].shape[1]
+        for layer, pair in enumerate(states):
+            for buffer, source in zip(self._buffers(layer, *pair), pair, strict=True):
+                buffer[row, :, :length] = source
+        self.visible[row] = torch.arange(self.visible.shape[2], device=self.device) < length
+        self.rows[group], self.prompts[group], self.lengths[group] = row, length, 0
 
-        Args:
-            slots: of the samples, free until now.
-            prompt: a number of its own.
-            states: what each layer has of it.
-        """
-        pages, length = self.shared.holding(prompt), states[0][0].shape[1]
-        if length and not len(pages):
-            pages = self.shared.write(prompt, states)
-        if len(pages):
-            free = np.flatnonzero(self.shared.readers[pages[0]] == self.shared.nobody)[: len(slots)]
-            self.shared.readers[np.ix_(pages, free)] = slots
-        goes_on = len(pages) > 0 and self.shared is self.own
-        self.lengths[slots] = length
-        self.counts[slots] = len(pages) if goes_on else 0
-        self.pages[slots] = pages[-1] if goes_on else -1
+    def leave(self, groups: Sequence[int]) -> None:
+        """Free groups."""
+        self.rows[list(groups)] = -1
 
-    def leave(self, slots: Sequence[int]) -> None:
-        """Free slots."""
-        for pool in self.pools:
-            pool.leave(slots)
-        if self.shared is not self.own:
-            self.shared.gather()
-        self.pages = self.own.gather()[self.pages]
-
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Let free slots take over what others hold."""
-        numbers = np.arange(self.own.nobody + 1)
-        numbers[sources] = targets
-        for pool in self.pools:
-            pool.readers = numbers[pool.readers]
-        for table in (self.lengths, self.counts, self.pages):
-            table[targets] = table[sources]
-
-    def open(self, live: int) -> Tensor:
-        """Make room for one more token in each of the first slots; its position, (live,) long."""
-        positions = self.lengths[:live].copy()
-        full = np.flatnonzero((self.pages[:live] < 0) | (self.own.filled[self.pages[:live]] == PAGE))
-        new = self.own.take(len(full))
-        self.own.readers[new, 0], self.own.places[new], self.own.prompts[new] = full, self.counts[full], -1
-        self.pages[full] = new
-        self.counts[full] += 1
-        page = self.pages[:live].copy()
-        self.target = [torch.from_numpy(x).to(self.device) for x in (page, self.own.filled[page])]
-        self.own.filled[page] += 1
-        self.lengths[:live] += 1
-        for pool in self.pools:
-            pool.open(live, self.device)
-        self.read = [pool for pool in self.pools if pool.count]
-        return torch.from_numpy(positions).to(self.device)
+    def open(self, samples: Sequence[int]) -> Tensor:
+        """Make room for one more token of each sample; its position, (N,) long."""
+        self._close_gaps()
+        groups, places = np.divmod(np.asarray(samples), self.size)
+        rows, prompts, lengths = self.rows[groups], self.prompts[groups], self.lengths[groups]
+        columns = prompts + self.size * lengths + places
+        self.lengths[np.unique(groups)] += 1
+        row, place, column, position = (
+            torch.from_numpy(table).to(self.device) for table in (rows, places, columns, prompts + lengths)
+        )
+        self.visible[row, place, column] = True
+        self.target, self.queries = (row, column), row * self.size + place
+        self.parts = self._parts()
+        self.masks: list[Tensor] = []
+        return position
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> States:
-        """Write the new token of each slot, (live, heads, 1, d)."""
-        keys, values = self.own.buffers(layer_idx, key_states, value_states)
-        page, place = self.target
+        """Write the new token of each sample, (N, heads, 1, d)."""
+        row, column = self.target
+        keys, values = self._buffers(layer_idx, key_states, value_states)
         # Under autocast transformers' own cache holds a prompt's values in the dtype of its keys.
-        keys[page, :, :, place] = key_states.squeeze(2).to(keys.dtype)
-        values[page, :, place] = value_states.squeeze(2).to(values.dtype)
+        keys[row, :, column] = key_states.squeeze(2).to(keys.dtype)
+        values[row, :, column] = value_states.squeeze(2).to(values.dtype)
         return key_states, value_states
 
-    def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
-        """Attention of each slot's newest token, (live, heads, 1, d), to all of its slot: (live, 1, heads, d)."""
-        live, heads, _, _ = query.shape
-        # One row more, for pages with fewer readers than there may be.
-        queries = pad(query.squeeze(2) * scaling, (0, 0, 0, 0, 0, 1))
-        queries = queries.view(live + 1, self.own.keys[layer].shape[1], -1, query.shape[-1])
-        shape, widths = queries.shape[:3], [pool.width for pool in self.read]
-        scores = torch.full((*shape, sum(widths)), float("-inf"), device=query.device)
-        for pool, part in zip(self.read, torch.split(scores, widths, -1), strict=True):
-            pool.score(layer, queries, part)
-        sums = torch.zeros(*shape, self.own.values[layer].shape[-1], device=query.device)
-        for pool, part in zip(self.read, torch.split(scores.softmax(-1), widths, -1), strict=True):
-            pool.add(layer, part, sums)
-        return sums[:live].to(query.dtype).reshape(live, 1, heads, -1)
+    def attend(self, layer: int, query: Tensor, scaling: float | None) -> Tensor:
+        """Attention of each sample's newest token, (N, heads, 1, d), to its prompt and itself: (N, 1, heads, d)."""
+        keys, values = self.keys[layer], self.values[layer]
+        count, (_, heads, _, width) = self.parts[-1][0].stop, query.shape
+        # Samples that have ended ask nothing; query heads of one key head stand side by side as samples do.
+        asked = query.new_zeros(count * self.size, heads, width)
+        asked[self.queries] = query.squeeze(2)
+        grouped = asked.view(count, self.size, keys.shape[1], -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        if not self.masks:
+            repeats = heads // keys.shape[1]
+            self.masks = [
+                self.visible[part, None, :, :end].repeat(1, 1, repeats, 1) for part, end in self.parts
+            ]
+        found = torch.cat(
+            [
+                scaled_dot_product_attention(
+                    grouped[part], keys[part, :, :end], values[part, :, :end], attn_mask=mask, scale=scaling
+                )
+                for (part, end), mask in zip(self.parts, self.masks, strict=True)
+            ]
+        )
+        by_sample = found.view(count, keys.shape[1], -1, self.size, values.shape[-1]).permute(0, 3, 1, 2, 4)
+        return by_sample.reshape(count * self.size, 1, heads, -1)[self.queries]
+
+    def _free_rows(self) -> NDArray[np.int64]:
+        return np.setdiff1d(np.arange(len(self.rows)), self.rows)
+
+    def _buffers(self, layer: int, keys: Tensor, values: Tensor) -> States:
+        """Keys and values of a layer, made like those given, (..., heads, T, d), when first asked for."""
+        if layer == len(self.keys):
+            count, _, columns = self.visible.shape
+            for buffers, like in ((self.keys, keys), (self.values, values)):
+                # Zeros, not empty: a NaN in unwritten memory would come through a mask as 0 * NaN.
+                buffers.append(like.new_zeros(count, like.shape[-3], columns, like.shape[-1]))
+        return self.keys[layer], self.values[layer]
+
+    def _close_gaps(self) -> None:
+        """Move groups into free rows before them: what is read ends with the last one."""
+        count = np.count_nonzero(self.rows >= 0)
+        behind = np.flatnonzero(self.rows >= count)
+        if not len(behind):
+            return
+        sources, targets = self.rows[behind], self._free_rows()[: len(behind)]
+        for buffer in (*self.keys, *self.values, self.visible):
+            for source, target in zip(sources, targets, strict=True):
+                buffer[target] = buffer[source]
+        self.rows[behind] = targets
+
+    def _parts(self) -> list[tuple[slice, int]]:
+        """Rows that attend in one call, and the columns that the longest of them has."""
+        used = np.flatnonzero(self.rows >= 0)
+        ends = np.zeros(len(used), dtype=np.int64)
+        ends[self.rows[used]] = self.prompts[used] + self.size * self.lengths[used]
+        step = TOGETHER.get(self.device.type, len(used))
+        return [
+            (slice(start, min(start + step, len(used))), int(ends[start : start + step].max()))
+            for start in range(0, len(used), step)
+        ]
 
 
 def attend(
@@ -267,18 +165,17 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged: PagedCache | None = None,
+    cache: Any = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: over a paged cache if there is one, else causal over whole prompts."""
-    if paged is None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return found
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return paged.attend(module.layer_idx, query, scaling), None
+    """What transformers calls in every layer: over a group cache if there is one, else causal over whole prompts."""
+    if isinstance(cache, GroupCache):
+        return cache.attend(module.layer_idx, query, scaling), None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    return found
 
 
-AttentionInterface.register(PAGED, attend)
+AttentionInterface.register(GROUPED, attend)

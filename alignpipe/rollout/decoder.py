@@ -1,11 +1,10 @@
-"""Decoders: prompts enter slots, one token a slot goes in, the logits of the next one come out.
+"""Decoders: prompts enter groups of samples, a token of each sample goes in, the logits of its next one come out.
 
-prompts, slots -> keys and values; tokens (N,) of the first N slots -> logits (N, V)
+prompts, groups -> keys and values; tokens (N,) of N samples -> logits (N, V)
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -14,34 +13,29 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from alignpipe.models.attention import PACKED
-from alignpipe.rollout.cache import PAGED, PagedCache
-
-# Tokens of prompts, padding among them, in one forward: enough to keep a machine busy, few enough for its caches.
-PREFILL_TOKENS = 2048
+from alignpipe.rollout.cache import GROUPED, GroupCache, States
+from alignpipe.rollout.grouping import PREFILL_TOKENS
 
 
 class Decoder(Protocol):
-    """A model with the sequences that it goes on with.
+    """A model, and the samples that it goes on with.
 
-    The last token of a prompt is not computed with the rest: it is what a slot's first step is given.
+    The last token of a prompt is not computed with the rest: it is what the first step of a sample is given.
 
     Attributes:
-        joins: sequences may enter while others are under way.
+        joins: groups may enter while others are under way.
     """
 
     joins: bool
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[int]) -> None:
-        """Begin sequences in free slots, by the numbers of their prompts; these never go down."""
+    def enter(self, groups: Sequence[int], prompts: Sequence[int]) -> None:
+        """Begin samples in free groups, by the numbers of their prompts, which never go down."""
 
-    def leave(self, slots: Sequence[int]) -> None:
-        """End sequences."""
+    def leave(self, groups: Sequence[int]) -> None:
+        """Free groups whose samples have all ended."""
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], live: int) -> None:
-        """Let free slots take over the sequences of others, so that the first `live` ones are taken."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each of the first N sequences, (N,) -> logits of the next, (N, V)."""
+    def step(self, tokens: Tensor, samples: Sequence[int]) -> Tensor:
+        """Append a token to each of the samples that have not ended, ascending: (N,) -> logits of the next, (N, V)."""
 
 
 @contextmanager
@@ -49,8 +43,8 @@ def decoding(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
-    num_samples: int,
-    num_slots: int,
+    num_groups: int,
+    group_size: int,
     max_new_tokens: int,
     pad_id: int,
 ) -> Iterator[Decoder]:
@@ -59,25 +53,25 @@ def decoding(
     Args:
         model: in evaluation mode, without gradients.
         prompts: token ids, longest first.
-        num_samples: of each prompt.
-        num_slots: sequences under way at most.
-        max_new_tokens: of a sequence.
+        num_groups: under way at most.
+        group_size: samples of a prompt in one group; sample `g * group_size + i` is the one at place `i` of group `g`.
+        max_new_tokens: of a sample.
         pad_id: fills up prompts.
     """
     if not _is_plain(model):
-        yield BatchDecoder(model, prompts, pad_id)
+        yield BatchDecoder(model, prompts, group_size, pad_id)
         return
-    cache = PagedCache(
-        num_slots=num_slots,
-        num_samples=num_samples,
+    cache = GroupCache(
+        num_groups=num_groups,
+        size=group_size,
         longest_prompt=max(map(len, prompts), default=0),
         max_new_tokens=max_new_tokens,
         device=model.device,
     )
     theirs = model.config._attn_implementation
-    model.set_attn_implementation(PAGED)
+    model.set_attn_implementation(GROUPED)
     try:
-        yield SlotDecoder(model, prompts, pad_id, cache)
+        yield GroupDecoder(model, prompts, cache, pad_id)
     finally:
         model.set_attn_implementation(theirs)
 
@@ -92,124 +86,124 @@ def _is_plain(model: PreTrainedModel) -> bool:
     )
 
 
-class SlotDecoder:
-    """Sequences enter and leave one by one; prompts are computed a few ahead.
+class GroupDecoder:
+    """Groups enter and leave one by one; prompts are computed a few ahead, each once.
 
     Args:
         model: whose attention is that of `cache`.
         prompts: token ids, longest first.
-        pad_id: fills up prompts, on the right, where a causal model does not look.
         cache: holds what is under way.
+        pad_id: fills up prompts, on the right, where a causal model does not look.
     """
 
     joins = True
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, cache: PagedCache
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: GroupCache, pad_id: int
     ) -> None:
-        self.model, self.prompts, self.pad_id, self.cache = model, prompts, pad_id, cache
+        self.model, self.prompts, self.cache, self.pad_id = model, prompts, cache, pad_id
         self.ready = range(0)
-        self.computed: Any = None
+        self.computed: Sequence[Any] = ()
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[int]) -> None:
-        """Begin sequences in free slots."""
-        for prompt, pairs in groupby(zip(slots, prompts, strict=True), key=lambda pair: pair[1]):
+    def enter(self, groups: Sequence[int], prompts: Sequence[int]) -> None:
+        """Begin samples in free groups."""
+        for group, prompt in zip(groups, prompts, strict=True):
             if prompt not in self.ready:
                 self._compute(prompt)
-            row, length = prompt - self.ready.start, len(self.prompts[prompt]) - 1
-            states = [(x.keys[row, :, :length], x.values[row, :, :length]) for x in self.computed]
-            self.cache.enter([slot for slot, _ in pairs], prompt, states)
+            self.cache.enter(group, self._states(prompt))
 
-    def _compute(self, first: int) -> None:
-        width = max(1, len(self.prompts[first]) - 1)
-        last = min(len(self.prompts), first + max(1, PREFILL_TOKENS // width))
-        heads = [list(prompt[:-1]) for prompt in self.prompts[first:last]]
-        ids = torch.tensor([head + [self.pad_id] * (width - len(head)) for head in heads])
-        self.computed = None
-        output = self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1)
-        self.ready, self.computed = range(first, last), output.past_key_values.layers
+    def leave(self, groups: Sequence[int]) -> None:
+        """Free groups."""
+        self.cache.leave(groups)
 
-    def leave(self, slots: Sequence[int]) -> None:
-        """End sequences."""
-        self.cache.leave(slots)
-
-    def move(self, sources: Sequence[int], targets: Sequence[int], live: int) -> None:
-        """Let free slots take over the sequences of others."""
-        self.cache.move(sources, targets)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each sequence, (N,) -> logits of the next, (N, V)."""
-        positions = self.cache.open(len(tokens))
+    def step(self, tokens: Tensor, samples: Sequence[int]) -> Tensor:
+        """Append a token to each sample, (N,) -> logits of the next, (N, V)."""
+        positions = self.cache.open(samples)
         output = self.model(
             input_ids=tokens[:, None],
             position_ids=positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
-            paged=self.cache,
+            cache=self.cache,
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+    def _compute(self, first: int) -> None:
+        width = max(1, len(self.prompts[first]) - 1)
+        self.ready = range(first, min(len(self.prompts), first + max(1, PREFILL_TOKENS // width)))
+        heads = [list(self.prompts[prompt][:-1]) for prompt in self.ready]
+        ids = torch.tensor([head + [self.pad_id] * (width - len(head)) for head in heads])
+        self.computed = ()
+        output = self.model(input_ids=ids.to(self.model.device), use_cache=True, logits_to_keep=1)
+        self.computed = output.past_key_values.layers
+
+    def _states(self, prompt: int) -> list[States]:
+        row, length = prompt - self.ready.start, len(self.prompts[prompt]) - 1
+        return [(layer.keys[row, :, :length], layer.values[row, :, :length]) for layer in self.computed]
 
 
 class BatchDecoder:
     """Whole batches with transformers' own cache, for sliding windows, linear attention and the like.
 
-    Prompts are padded on the left, so that all sequences of a batch write to the same column.
+    Prompts are padded on the left, so that all samples of a batch write to the same column.
 
     Args:
         model: any causal language model.
         prompts: token ids.
+        group_size: samples of a group.
         pad_id: fills up prompts; masked.
     """
 
     joins = False
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
-        self.model, self.prompts, self.pad_id = model, prompts, pad_id
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], group_size: int, pad_id: int
+    ) -> None:
+        self.model, self.prompts, self.group_size, self.pad_id = model, prompts, group_size, pad_id
         self.cache: Cache | None = None
+        self.samples: list[int] = []
 
-    def enter(self, slots: Sequence[int], prompts: Sequence[int]) -> None:
-        """Begin a batch, in the first slots."""
-        different = sorted(set(prompts))
-        heads = [list(self.prompts[prompt][:-1]) for prompt in different]
+    def enter(self, groups: Sequence[int], prompts: Sequence[int]) -> None:
+        """Begin a batch; nothing else is under way."""
+        heads = [list(self.prompts[prompt][:-1]) for prompt in prompts]
         width = max(map(len, heads))
-        mask = torch.tensor([[0] * (width - len(head)) + [1] * len(head) for head in heads])
         ids = torch.tensor([[self.pad_id] * (width - len(head)) + head for head in heads])
-        rows = torch.tensor([different.index(prompt) for prompt in prompts])
-        self.mask = mask[rows].to(self.model.device)
-        self.cache = None
+        mask = torch.tensor([[0] * (width - len(head)) + [1] * len(head) for head in heads])
+        self.mask, self.cache = mask.to(self.model.device), None
         if width:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            self.cache = self._forward(ids, mask, positions).past_key_values
-            self.cache.batch_select_indices(rows.to(self.model.device))
+            self._forward(ids.to(self.model.device), (self.mask.cumsum(1) - 1).clamp(min=0))
+        self._select([row for row in range(len(groups)) for _ in range(self.group_size)])
+        self.samples = [
+            group * self.group_size + place for group in groups for place in range(self.group_size)
+        ]
 
-    def leave(self, slots: Sequence[int]) -> None:
-        """Nothing is freed before `move`."""
+    def leave(self, groups: Sequence[int]) -> None:
+        """Nothing is freed before the next step."""
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], live: int) -> None:
-        """Keep the first rows, some of them from behind."""
-        rows = torch.arange(live)
-        rows[list(targets)] = torch.tensor(sources, dtype=torch.long)
-        rows = rows.to(self.model.device)
-        self.mask = self.mask[rows]
-        if self.cache is not None:
-            self.cache.batch_select_indices(rows)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each sequence, (N,) -> logits of the next, (N, V)."""
+    def step(self, tokens: Tensor, samples: Sequence[int]) -> Tensor:
+        """Append a token to each sample, (N,) -> logits of the next, (N, V)."""
+        if self.samples != list(samples):
+            self._select([self.samples.index(sample) for sample in samples])
+            self.samples = list(samples)
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)[:, None]], 1)
-        output = self._forward(tokens[:, None], self.mask, self.mask.sum(1, keepdim=True) - 1)
-        self.cache = output.past_key_values
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return self._forward(tokens[:, None], self.mask.sum(1, keepdim=True) - 1)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
-        device = self.model.device
-        return self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
+    def _select(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self.model.device)
+        self.mask = self.mask[index]
+        if self.cache is not None:
+            self.cache.batch_select_indices(index)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
+        self.cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits

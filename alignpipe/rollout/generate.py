@@ -21,6 +21,7 @@ from alignpipe.errors import ConfigError
 from alignpipe.models.loading import evaluating, max_positions
 from alignpipe.models.sharding import in_step, is_sharded
 from alignpipe.rollout.decoder import Decoder, decoding
+from alignpipe.rollout.grouping import group_size
 from alignpipe.rollout.sampling import pick, uniforms
 
 # Tokens from one look at which responses have ended to the next; on an accelerator a look waits for its work.
@@ -113,12 +114,16 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
     settings = _Settings(max_new_tokens, frozenset(stop_ids), temperature or None, seed, step)
     # Longest first, so that memory fails early, and prompts computed together are of like length.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+    size = group_size(num_samples, batch_size)
     waiting = deque(
-        _Request(prompt, sample, place if prompt_ids is None else prompt_ids[place], prompts[place][-1])
+        [
+            _Request(prompt, sample, place if prompt_ids is None else prompt_ids[place], prompts[place][-1])
+            for sample in range(first, min(first + size, num_samples))
+        ]
         for prompt, place in enumerate(order)
-        for sample in range(num_samples)
+        for first in range(0, num_samples, size)
     )
-    slots = _Slots(min(batch_size, len(waiting)), settings, model.device)
+    slots = _Slots(min(batch_size // size, len(waiting)), size, settings, model.device)
     found: dict[tuple[int, int], Sample] = {}
     with (
         # Weights that are gathered under inference mode could not be trained afterwards.
@@ -128,8 +133,8 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
         decoding(
             model,
             [prompts[place] for place in order],
-            num_samples=num_samples,
-            num_slots=len(slots.requests),
+            num_groups=slots.num_groups,
+            group_size=size,
             max_new_tokens=max_new_tokens,
             pad_id=pad_id,
         ) as decoder,
@@ -194,120 +199,118 @@ def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new
 
 
 def _responses(
-    decoder: Decoder, waiting: deque[_Request], slots: "_Slots", on_batch: Callable[[], None]
+    decoder: Decoder, waiting: deque[list[_Request]], slots: "_Slots", on_batch: Callable[[], None]
 ) -> Iterator[tuple[_Request, Sample]]:
     """All responses that are wanted, as they come to an end."""
     _fill(decoder, waiting, slots)
     while slots.live:
-        logits = decoder.step(slots.last[: slots.live])
+        logits = decoder.step(slots.last[slots.index], slots.live)
         slots.append(*pick(logits, slots.numbers_now(), slots.settings.temperature or 1.0))
         if ended := slots.ended():
             yield from slots.take(ended)
             on_batch()
-            decoder.leave(ended)
+            decoder.leave(slots.free_groups())
             _fill(decoder, waiting, slots)
 
 
-def _fill(decoder: Decoder, waiting: deque[_Request], slots: "_Slots") -> None:
-    """Let requests into free slots, and close the gaps where there are no more."""
-    free = slots.free()
-    if waiting and free and (decoder.joins or len(free) == len(slots.requests)):
-        entering = [waiting.popleft() for _ in free[: len(waiting)]]
-        slots.enter(free[: len(entering)], entering)
-        decoder.enter(free[: len(entering)], [request.prompt for request in entering])
-    decoder.move(*slots.close_up(), slots.live)
+def _fill(decoder: Decoder, waiting: deque[list[_Request]], slots: "_Slots") -> None:
+    """Let requests into free groups."""
+    groups = slots.free_groups()[: len(waiting)]
+    if groups and (decoder.joins or not slots.live):
+        entering = [waiting.popleft() for _ in groups]
+        slots.enter(groups, entering)
+        decoder.enter(groups, [requests[0].prompt for requests in entering])
 
 
 class _Slots:
-    """Responses under way, side by side in the first `live` rows of every tensor.
+    """Responses under way, each in a row of every tensor; the first rows are those of the first group.
 
     Args:
-        num_slots: responses at most.
+        num_groups: under way at most.
+        size: responses of a group, to the same prompt.
         settings: of the call.
         device: of the model.
+
+    Attributes:
+        live: rows of responses that have not ended, ascending; `index` is the same on the device.
     """
 
-    def __init__(self, num_slots: int, settings: _Settings, device: torch.device) -> None:
-        self.settings, self.device = settings, device
-        self.look_every = LOOK_EVERY.get(device.type, 8)
-        self.requests: list[_Request | None] = [None] * num_slots
-        self.live = self.clock = 0
-        self.lengths = np.zeros(num_slots, dtype=np.int64)
-        self.last = torch.zeros(num_slots, dtype=torch.long, device=device)
-        self.stopped = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        shape = num_slots, settings.max_new_tokens
+    def __init__(self, num_groups: int, size: int, settings: _Settings, device: torch.device) -> None:
+        self.num_groups, self.size, self.settings, self.device = num_groups, size, settings, device
+        self.look_every, self.clock = LOOK_EVERY.get(device.type, 8), 0
+        self.requests: dict[int, _Request] = {}
+        shape = num_groups * size, settings.max_new_tokens
+        self.lengths = np.zeros(shape[0], dtype=np.int64)
+        self.last = torch.zeros(shape[0], dtype=torch.long, device=device)
+        self.stopped = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         # MPS has no float64.
-        self.numbers = torch.zeros(
-            shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
-        )
+        self.numbers_device = torch.device("cpu") if device.type == "mps" else device
+        self.numbers = torch.zeros(shape, dtype=torch.float64, device=self.numbers_device)
         self.stops = torch.tensor(sorted(settings.stop_ids), device=device)
+        self._see_who_lives()
 
-    def free(self) -> list[int]:
-        """Slots without a response."""
-        return [slot for slot, request in enumerate(self.requests) if request is None]
+    def free_groups(self) -> list[int]:
+        """Groups without a response."""
+        taken = {slot // self.size for slot in self.requests}
+        return [group for group in range(self.num_groups) if group not in taken]
 
-    def enter(self, slots: list[int], requests: list[_Request]) -> None:
+    def enter(self, groups: list[int], requests: list[list[_Request]]) -> None:
         """Begin responses, each after the last token of its prompt."""
-        for slot, request in zip(slots, requests, strict=True):
-            self.requests[slot] = request
+        entering = {
+            group * self.size + place: request
+            for group, members in zip(groups, requests, strict=True)
+            for place, request in enumerate(members)
+        }
+        self.requests |= entering
+        slots = list(entering)
         self.lengths[slots], self.stopped[slots] = 0, False
-        self.last[slots] = torch.tensor([request.last for request in requests], device=self.device)
+        self.last[slots] = torch.tensor([request.last for request in entering.values()], device=self.device)
         if self.settings.temperature is not None:
             index, sample = (
-                np.array([[getattr(r, name)] for r in requests]) for name in ("prompt_index", "sample")
+                np.array([[getattr(request, name)] for request in entering.values()])
+                for name in ("prompt_index", "sample")
             )
             position = np.arange(self.settings.max_new_tokens)
             numbers = uniforms(self.settings.seed, self.settings.step, index, sample, position)
-            self.numbers[slots] = numbers.to(self.numbers.device)
+            self.numbers[slots] = numbers.to(self.numbers_device)
+        self._see_who_lives()
 
     def numbers_now(self) -> Tensor | None:
-        """The uniform number of each next token, (live,); None where the most probable one is taken."""
+        """The uniform number of each next token, (N,); None where the most probable one is taken."""
         if self.settings.temperature is None:
             return None
-        return self.numbers[: self.live].gather(1, self._columns().to(self.numbers.device)).squeeze(1)
+        column = torch.from_numpy(self.lengths[self.live]).to(self.numbers_device)
+        return self.numbers[self.index.to(self.numbers_device), column]
 
     def append(self, tokens: Tensor, logprobs: Tensor) -> None:
-        """Add a token to each response, (live,)."""
-        columns = self._columns().to(self.device)
-        self.tokens[: self.live].scatter_(1, columns, tokens[:, None])
-        self.logprobs[: self.live].scatter_(1, columns, logprobs[:, None])
-        self.last[: self.live] = tokens
-        self.stopped[: self.live] |= torch.isin(tokens, self.stops)
-        self.lengths[: self.live] += 1
+        """Add a token to each response, (N,)."""
+        column = torch.from_numpy(self.lengths[self.live]).to(self.device)
+        self.tokens[self.index, column], self.logprobs[self.index, column] = tokens, logprobs
+        self.last[self.index] = tokens
+        self.stopped[self.index] |= torch.isin(tokens, self.stops)
+        self.lengths[self.live] += 1
         self.clock += 1
 
     def ended(self) -> list[int]:
-        """The slots whose responses have come to an end, as far as is known."""
-        full = self.lengths[: self.live] == self.settings.max_new_tokens
+        """Rows of the responses that have come to an end, as far as is known."""
+        full = self.lengths[self.live] == self.settings.max_new_tokens
         if self.clock % self.look_every and not full.any():
             return []
-        found: list[int] = np.flatnonzero(full | self.stopped[: self.live].cpu().numpy()).tolist()
-        return found
+        over = full | self.stopped[self.index].cpu().numpy()
+        return [slot for slot, is_over in zip(self.live, over, strict=True) if is_over]
 
     def take(self, slots: list[int]) -> Iterator[tuple[_Request, Sample]]:
-        """Hand out responses up to their first stop token, and free their slots."""
+        """Hand out responses up to their first stop token, and free their rows."""
         rows = zip(slots, self.tokens[slots].tolist(), self.logprobs[slots].tolist(), strict=True)
         for slot, ids, values in rows:
-            request, length = self.requests[slot], int(self.lengths[slot])
-            assert request is not None
+            length = int(self.lengths[slot])
             stop = next((i for i, token in enumerate(ids[:length]) if token in self.settings.stop_ids), None)
             end = length if stop is None else stop + 1
-            yield request, Sample(ids[:end], values[:end], stop is not None)
-            self.requests[slot] = None
+            yield self.requests.pop(slot), Sample(ids[:end], values[:end], stop is not None)
+        self._see_who_lives()
 
-    def close_up(self) -> tuple[list[int], list[int]]:
-        """Move the last responses into free slots before them; from where, and where to."""
-        self.live = len(self.requests) - len(self.free())
-        sources = [slot for slot, request in enumerate(self.requests) if request and slot >= self.live]
-        targets = [slot for slot in self.free() if slot < self.live]
-        self.lengths[targets] = self.lengths[sources]
-        for table in (self.last, self.stopped, self.tokens, self.logprobs, self.numbers):
-            table[targets] = table[sources]
-        for source, target in zip(sources, targets, strict=True):
-            self.requests[target], self.requests[source] = self.requests[source], None
-        return sources, targets
-
-    def _columns(self) -> Tensor:
-        return torch.from_numpy(self.lengths[: self.live, None].copy())
+    def _see_who_lives(self) -> None:
+        self.live = sorted(self.requests)
+        self.index = torch.tensor(self.live, dtype=torch.long, device=self.device)

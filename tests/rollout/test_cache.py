@@ -1,127 +1,113 @@
-"""The paged cache attends as if each sequence stood alone, whoever enters, leaves or moves."""
+"""The cache of groups attends as if each sample stood alone, whoever enters, leaves or moves."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignpipe.rollout.cache import PAGE, SHARED_PAGE, PagedCache
+from alignpipe.rollout import cache as module
+from alignpipe.rollout.cache import GroupCache
 
 HEADS, KEY_HEADS, WIDTH, LAYERS = 4, 2, 8, 2
+LONGEST, NEW_TOKENS = 50, 12
 
 
-def make_cache(num_slots, num_samples):
-    return PagedCache(
-        num_slots=num_slots,
-        num_samples=num_samples,
-        longest_prompt=2 * SHARED_PAGE,
-        max_new_tokens=4 * PAGE,
+def make_cache(num_groups, size, max_new_tokens=NEW_TOKENS):
+    torch.manual_seed(0)
+    return GroupCache(
+        num_groups=num_groups,
+        size=size,
+        longest_prompt=LONGEST,
+        max_new_tokens=max_new_tokens,
         device=torch.device("cpu"),
     )
 
 
 class Reference:
-    """Sequences side by side, each with keys and values of its own."""
+    """Samples side by side, each with keys and values of its own."""
 
     def __init__(self, cache):
-        self.cache, self.sequences, self.prompts = cache, {}, {}
+        self.cache, self.samples = cache, {}
 
-    def enter(self, slots, prompt, length):
+    def enter(self, group, length):
         states = [tuple(torch.randn(KEY_HEADS, length, WIDTH) for _ in range(2)) for _ in range(LAYERS)]
-        states = self.prompts.setdefault(prompt, states)
-        self.cache.enter(slots, prompt, states)
-        for slot in slots:
-            self.sequences[slot] = states
+        self.cache.enter(group, states)
+        first = group * self.cache.size
+        self.samples |= dict.fromkeys(range(first, first + self.cache.size), states)
 
-    def leave(self, slots):
-        self.cache.leave(slots)
-        for slot in slots:
-            del self.sequences[slot]
-
-    def move(self, source, target):
-        self.cache.move([source], [target])
-        self.sequences[target] = self.sequences.pop(source)
+    def end(self, *samples):
+        """Samples get no more tokens; a group of which none goes on is freed."""
+        groups = {sample // self.cache.size for sample in samples}
+        for sample in samples:
+            del self.samples[sample]
+        self.cache.leave(sorted(groups - {sample // self.cache.size for sample in self.samples}))
 
     def step(self):
-        """One token each; what the cache attends to is what each sequence alone does."""
-        live = len(self.sequences)
-        assert sorted(self.sequences) == list(range(live))
-        lengths = [self.sequences[slot][0][0].shape[1] for slot in range(live)]
-        assert self.cache.open(live).tolist() == lengths
-        grown = {slot: [] for slot in range(live)}
+        """One token each; what the cache attends to is what each sample alone does."""
+        samples = sorted(self.samples)
+        lengths = [self.samples[sample][0][0].shape[1] for sample in samples]
+        assert self.cache.open(samples).tolist() == lengths
+        grown = {sample: [] for sample in samples}
         for layer in range(LAYERS):
-            query = torch.randn(live, HEADS, 1, WIDTH)
-            new = [torch.randn(live, KEY_HEADS, 1, WIDTH) for _ in range(2)]
+            query = torch.randn(len(samples), HEADS, 1, WIDTH)
+            new = [torch.randn(len(samples), KEY_HEADS, 1, WIDTH) for _ in range(2)]
             self.cache.update(*new, layer)
             found = self.cache.attend(layer, query, 0.3)
-            for slot in range(live):
-                pairs = zip(self.sequences[slot][layer], new, strict=True)
-                keys, values = (torch.cat([old, more[slot]], 1) for old, more in pairs)
-                grown[slot].append((keys, values))
-                expected = scaled_dot_product_attention(query[slot], keys, values, scale=0.3, enable_gqa=True)
-                torch.testing.assert_close(found[slot], expected.transpose(0, 1))
-        self.sequences = grown
+            for row, sample in enumerate(samples):
+                pairs = zip(self.samples[sample][layer], new, strict=True)
+                keys, values = (torch.cat([old, more[row]], 1) for old, more in pairs)
+                grown[sample].append((keys, values))
+                expected = scaled_dot_product_attention(query[row], keys, values, scale=0.3, enable_gqa=True)
+                torch.testing.assert_close(found[row], expected.transpose(0, 1))
+        self.samples = grown
 
 
-@pytest.mark.parametrize("num_samples", [1, 3])
-def test_attention_over_pages_is_that_of_each_sequence_alone(num_samples):
-    torch.manual_seed(0)
-    found = Reference(make_cache(6, num_samples))
-    slots = [[slot] for slot in range(6)] if num_samples == 1 else [[0, 1, 2], [3, 4], [5]]
-    lengths = [0, PAGE, PAGE + 1, SHARED_PAGE, 1, 2 * SHARED_PAGE]
-    for prompt, entering in enumerate(slots):
-        found.enter(entering, prompt, lengths[-1 - prompt])
-    for _ in range(PAGE + 2):
-        found.step()
-    found.leave([1, 3])
-    found.enter([1, 3], 7, 40) if num_samples == 3 else found.enter([1], 7, 40)
-    if num_samples == 1:
-        found.enter([3], 8, 3)
+@pytest.mark.parametrize("together", [1, 2, 100])
+@pytest.mark.parametrize("size", [1, 3])
+def test_attention_to_a_group_is_that_of_each_sample_alone(size, together, monkeypatch):
+    monkeypatch.setattr(module, "TOGETHER", {"cpu": together})
+    found = Reference(make_cache(5, size))
+    for group, length in enumerate([0, LONGEST, 7, 1]):
+        found.enter(group, length)
     for _ in range(3):
         found.step()
-    found.leave([0, 2])
-    found.move(5, 0)
-    found.move(4, 2)
-    for _ in range(PAGE):
+    # Samples end at places within their groups, and whole groups at the front, so that others move.
+    found.end(*range(size), size)
+    found.step()
+    found.enter(0, 9)
+    found.step()
+    found.end(*[sample for sample in found.samples if sample < 3 * size])
+    found.step()
+    found.enter(1, LONGEST)
+    for _ in range(2):
         found.step()
 
 
-def test_a_sample_that_comes_later_reads_the_pages_of_its_prompt():
-    cache = make_cache(4, 3)
+def test_a_group_that_was_freed_shows_nothing_of_what_was_there():
+    cache = make_cache(1, 2)
     found = Reference(cache)
-    found.enter([0, 1], 0, 3 * SHARED_PAGE // 2)
-    found.step()
-    held = np.count_nonzero(cache.shared.filled)
-    found.enter([2], 0, 0)
-    assert np.count_nonzero(cache.shared.filled) == held == 2
-    found.step()
-    found.leave([0, 1])
-    found.move(2, 0)
-    found.step()
-    found.leave([0])
-    assert not cache.shared.filled.any()
-    assert not cache.own.filled.any()
-
-
-def test_pages_are_made_where_more_prompts_than_planned_have_samples_left():
-    torch.manual_seed(0)
-    cache = make_cache(4, 4)
-    planned = len(cache.shared.filled)
-    found = Reference(cache)
-    for slot in range(4):
-        found.enter([slot], slot, 2 * SHARED_PAGE)
-    assert len(cache.shared.filled) == 4 * planned
+    found.enter(0, LONGEST)
+    for _ in range(NEW_TOKENS):
+        found.step()
+    found.end(0, 1)
+    found.enter(0, 0)
     found.step()
 
 
-def test_pages_of_a_few_that_are_left_stand_in_front():
-    torch.manual_seed(0)
+def test_what_is_read_ends_with_the_last_group():
     cache = make_cache(8, 1)
     found = Reference(cache)
-    for slot in range(8):
-        found.enter([slot], slot, 2 * PAGE)
+    for group in range(8):
+        found.enter(group, 5 + group)
     found.step()
-    found.leave(list(range(7)))
-    found.move(7, 0)
+    found.end(*range(7))
     found.step()
-    assert cache.own.count == 3
+    assert cache.parts == [(slice(0, 1), 12 + 2)]
+
+
+def test_values_of_another_dtype_than_keys_are_written_as_they_are_held():
+    cache = make_cache(1, 2)
+    cache.enter(0, [(torch.randn(KEY_HEADS, 3, WIDTH, dtype=torch.bfloat16),) * 2])
+    cache.open([0, 1])
+    new = torch.randn(2, KEY_HEADS, 1, WIDTH)
+    cache.update(new, new, 0)
+    assert torch.equal(cache.values[0][0, :, 3], new[0, :, 0].bfloat16())

@@ -11,7 +11,7 @@ from alignpipe.data.encoding import Example
 from alignpipe.errors import ConfigError
 from alignpipe.rollout import decoder
 from alignpipe.rollout import generate as module
-from alignpipe.rollout.cache import PAGED
+from alignpipe.rollout.cache import GROUPED
 from alignpipe.rollout.generate import generate
 from alignpipe.rollout.score import response_logprobs
 
@@ -173,7 +173,7 @@ def test_slots_are_full_while_prompts_wait(make_llama):
     rows = []
     model = make_llama()
     model.register_forward_pre_hook(lambda *call: rows.append(call[-1]["input_ids"].shape), with_kwargs=True)
-    found = sample(model, make_prompts(12), num_samples=2, batch_size=4, max_new_tokens=20)
+    found = sample(model, make_prompts(24), num_samples=1, batch_size=4, max_new_tokens=20)
     steps = [count for count, width in rows if width == 1]
     lengths = sorted(len(s.ids) for s in chain(*found))
     assert len(set(lengths)) > 5
@@ -213,7 +213,7 @@ def test_attention_comes_back_as_it_was(make_llama):
     model = make_llama()
 
     def stop():
-        assert model.config._attn_implementation == PAGED
+        assert model.config._attn_implementation == GROUPED
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
