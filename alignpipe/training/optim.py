@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from alignpipe.config import AdapterConfig, OptimizerConfig, PPOConfig, StageConfig
+from alignpipe.models.sharding import is_sharded
 
 AnyConfig = TypeVar("AnyConfig", bound=StageConfig)
 
@@ -43,6 +44,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, learning_rate: flo
         lr=config.learning_rate if learning_rate is None else learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        # One pass over each tensor rather than ten; it does not take weights of which some alone are sharded.
+        fused=not is_sharded(model),
     )
 
 
