@@ -17,6 +17,7 @@ from alignpipe.data.collate import TokenBatch
 from alignpipe.data.packing import Branch, lay_out
 from alignpipe.losses.logprobs import entropy, head_logprobs, target_logprobs
 from alignpipe.models.attention import can_pack, packed, places
+from alignpipe.models.last_block import last_feed_forward, only_at
 from alignpipe.models.loading import evaluating
 from alignpipe.models.sharding import is_sharded
 
@@ -83,10 +84,8 @@ def batch_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
     targets = batch.input_ids[:, 1:][mask]
     if _ends_in_head(model):
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        hidden, at = body_states(model, batch)
-        return _spread(
-            head_logprobs(hidden[at[:, :-1][mask]], head.weight, head.bias, targets, temperature), batch
-        )
+        hidden = body_states(model, batch, nn.functional.pad(mask, (0, 1)))
+        return _spread(head_logprobs(hidden, head.weight, head.bias, targets, temperature), batch)
     return _spread(target_logprobs(_logits(model, batch), targets, temperature), batch)
 
 
@@ -148,16 +147,23 @@ def _spread(found: Tensor, batch: TokenBatch) -> Tensor:
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 
-def body_states(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """The last hidden states of a model's body.
+def body_states(model: PreTrainedModel, batch: TokenBatch, at: Tensor) -> Tensor:
+    """The last hidden states of a model's body at some tokens.
+
+    Args:
+        model: any with a body.
+        batch: B sequences.
+        at: (B, T) bool, M of them true.
 
     Returns:
-        States of all tokens that were read (N, d), and which of them each token of the batch has, (B, T) long;
-        behind a row's end it has some.
+        (M, d), row by row.
     """
+    feed_forward = last_feed_forward(model) if can_pack(model) else None
     with _reading(model, batch) as inputs:
-        hidden: Tensor = model.base_model(**inputs.arguments).last_hidden_state
-    return hidden.flatten(0, 1), inputs.places
+        places = inputs.places[at]
+        with only_at(feed_forward, torch.unique(places)):
+            hidden: Tensor = model.base_model(**inputs.arguments).last_hidden_state
+    return hidden.flatten(0, 1)[places]
 
 
 def mean_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:

@@ -85,18 +85,32 @@ def load_scalar_model(
     return prepare(model, tokenizer, device)
 
 
-def token_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """The score read at every token: the reward or value of the text up to there.
+def token_scores(model: PreTrainedModel, batch: TokenBatch, at: Tensor) -> Tensor:
+    """The score read at tokens: the reward or value of the text up to there.
 
     Args:
         model: from `load_scalar_model`.
-        batch: B sequences; what stands behind a row's end says nothing.
+        batch: B sequences.
+        at: (B, T) bool, the tokens.
 
     Returns:
-        (B, T) float32.
+        (B, T) float32, 0 elsewhere.
     """
-    hidden, places = body_states(model, batch)
-    return _scores(model, hidden).mean(-1)[places]
+    scores = _scores(model, body_states(model, batch, at)).mean(-1)
+    return scores.new_zeros(at.shape).masked_scatter(at, scores)
+
+
+def next_token_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The score before each token under the loss mask, read at the token that stands before it.
+
+    Args:
+        model: from `load_scalar_model`.
+        batch: B sequences.
+
+    Returns:
+        (B, T - 1) float32, laid out as `batch.loss_mask[:, 1:]` is; 0 where that is false.
+    """
+    return token_scores(model, batch, nn.functional.pad(batch.loss_mask[:, 1:], (0, 1)))[:, :-1]
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -114,9 +128,8 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 def sequence_head_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """What `sequence_scores` is the mean of: each head's score, (B, H) float32."""
-    hidden, places = body_states(model, batch)
-    last = places.gather(1, batch.lengths[:, None] - 1).squeeze(1)
-    return _scores(model, hidden[last])
+    last = torch.arange(batch.input_ids.shape[1], device=model.device) == batch.lengths[:, None] - 1
+    return _scores(model, body_states(model, batch, last))
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

@@ -18,7 +18,7 @@ from alignpipe.data.packing import spans
 from alignpipe.errors import CheckpointError
 from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
-from alignpipe.models.scalar_head import score_head, sequence_head_scores, token_scores
+from alignpipe.models.scalar_head import next_token_scores, score_head, sequence_head_scores
 from alignpipe.models.sharding import in_step
 
 
@@ -150,7 +150,7 @@ def response_values(
     """
 
     def values(batch: TokenBatch) -> Tensor:
-        return token_scores(value_model, batch)[:, :-1].masked_fill(~batch.loss_mask[:, 1:], 0.0)
+        return next_token_scores(value_model, batch)
 
     return _in_batches(values, value_model, examples, _width(examples) - 1, pad_id, batch_size)
 

@@ -42,7 +42,7 @@ from alignpipe.losses.ppo import (
     value_loss,
 )
 from alignpipe.models.forward import batch_logprobs, batch_logprobs_and_entropy
-from alignpipe.models.scalar_head import token_scores
+from alignpipe.models.scalar_head import next_token_scores
 from alignpipe.rollout.experience import (
     Experience,
     ResponseRow,
@@ -335,7 +335,7 @@ def _value_fn(
     def value_fn(micro: Sequence[ResponseRow]) -> StepOutput:
         old = experience.part(micro)  # (b, t - 1)
         assert models.value is not None and old.values is not None and old.returns is not None
-        values = models.value_scale(token_scores(models.value, old.batch))[:, :-1]
+        values = models.value_scale(next_token_scores(models.value, old.batch))
         return StepOutput(
             losses=value_loss(values, old.values, old.returns, old.mask, config.value_clip_range)
         )

@@ -67,6 +67,13 @@ def test_sequence_scores_equal_plain_transformers(saved, reward_model, examples,
     assert found.std() > 0.1
 
 
+def token_scores_of(model, examples):
+    """At every token of every row."""
+    batch = collate(examples, 0)
+    real = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    return token_scores(model, batch, real)
+
+
 def test_sequence_scores_do_not_depend_on_batch_padding_or_order(reward_model, examples, tokenizer):
     together = sequence_scores(reward_model, collate(examples, tokenizer.pad_id))
     alone = torch.cat([sequence_scores(reward_model, collate([e], tokenizer.pad_id)) for e in examples])
@@ -79,12 +86,12 @@ def test_sequence_scores_do_not_depend_on_batch_padding_or_order(reward_model, e
 def test_a_pad_id_inside_of_a_text_is_a_token_like_any_other(reward_model, tokenizer):
     text = Example([5, tokenizer.pad_id, 9, tokenizer.pad_id], [False] * 4)
     found = sequence_scores(reward_model, collate([text, Example([5] * 8, [False] * 8)], tokenizer.pad_id))
-    torch.testing.assert_close(found[0], token_scores(reward_model, collate([text], 0))[0, -1])
+    torch.testing.assert_close(found[0], token_scores_of(reward_model, [text])[0, -1])
 
 
 def test_token_scores_at_each_length_are_the_scores_of_the_prefixes(reward_model, examples, tokenizer):
     ids = examples[2].ids
-    found = token_scores(reward_model, collate([examples[2]], 0))[0]
+    found = token_scores_of(reward_model, [examples[2]])[0]
     prefixes = [Example(ids[:n], [False] * n) for n in range(1, len(ids) + 1)]
     expected = sequence_scores(reward_model, collate(prefixes, tokenizer.pad_id))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -192,8 +199,8 @@ def test_a_value_model_starts_from_the_mean_of_the_heads(two_heads, examples, to
     head = score_head(value)
     assert (head.out_features, tuple(head.weight.shape), value.config.num_labels) == (1, (1, 32), 1)
     assert head.weight.requires_grad
-    batch = collate(examples, tokenizer.pad_id)
-    torch.testing.assert_close(token_scores(value, batch), token_scores(model, batch), atol=1e-6, rtol=1e-6)
+    found, expected = (token_scores_of(one, examples) for one in (value, model))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     # A checkpoint of it is one of a single head.
     save_model(value, tokenizer, folder.parent / "value")
     assert AutoModelForSequenceClassification.from_pretrained(folder.parent / "value").config.num_labels == 1

@@ -8,7 +8,7 @@ from alignpipe.data.encoding import Example
 from alignpipe.errors import CheckpointError
 from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.models.loading import ModelSource
-from alignpipe.models.scalar_head import load_scalar_model, token_scores
+from alignpipe.models.scalar_head import load_scalar_model, sequence_scores, token_scores
 from alignpipe.rollout.score import (
     Normalizer,
     collapse,
@@ -33,7 +33,7 @@ def reward_model(make_llama, tokenizer, tmp_path):
 
 
 def test_response_scores_come_in_the_given_order_for_any_batch_size(reward_model, examples):
-    expected = torch.stack([token_scores(reward_model, collate([e], 0))[0, -1] for e in examples])
+    expected = torch.stack([sequence_scores(reward_model, collate([e], 0))[0] for e in examples])
     for batch_size in (1, 3, 100):
         found = response_scores(reward_model, examples, 0, batch_size)
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
@@ -54,7 +54,8 @@ def test_response_values_are_read_before_each_response_token(reward_model, examp
     assert found.shape == mask.shape
     assert (found[~mask] == 0).all()
     for row, example in enumerate(examples):
-        scores = token_scores(reward_model, collate([example], 0))[0].detach()
+        batch = collate([example], 0)
+        scores = token_scores(reward_model, batch, torch.ones_like(batch.input_ids) > 0)[0].detach()
         first = example.mask.index(True)
         expected = scores[first - 1 : len(example.ids) - 1]
         torch.testing.assert_close(found[row][mask[row]], expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,92 @@
+"""The last feed-forward works where something is read; that nothing else changes, test_attention.py shows."""
+
+import pytest
+import torch
+from torch import nn
+
+from alignpipe.data.collate import collate
+from alignpipe.data.encoding import Example
+from alignpipe.models import last_block
+from alignpipe.models.attention import allow_packing
+from alignpipe.models.forward import batch_logprobs
+from alignpipe.models.loading import ModelSource
+from alignpipe.models.scalar_head import load_scalar_model, sequence_scores, token_scores
+from tests.models.test_attention import ARCHITECTURES, build
+
+PROMPT = [5, 6, 7, 8, 9] * 4
+ROWS = [Example.of(PROMPT, response) for response in ([11, 12, 13], [14, 15], [16] * 4)]
+# Of 29 tokens; the prompt's last one is read for every response, the responses' last ones for none.
+NUM_READ = 1 + 2 + 1 + 3
+
+
+def widths(model: nn.Module) -> list[int]:
+    """How many tokens each feed-forward is given from now on."""
+    found: list[int] = []
+    blocks = next(child for child in model.base_model.children() if isinstance(child, nn.ModuleList))
+    for block in blocks:
+        # Behind those that choose tokens.
+        block.mlp.register_forward_hook(lambda _, inputs, __: found.append(inputs[0].shape[1]))
+    return found
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_last_feed_forward_is_given_what_is_read(kind):
+    model = allow_packing(build(kind, "sdpa", **ARCHITECTURES[kind]))
+    batch_logprobs(model, collate(ROWS, 0))
+    found = widths(model)
+    batch_logprobs(model, collate(ROWS, 0))
+    assert found == [29, NUM_READ]
+
+
+def test_a_score_is_read_at_one_token_of_a_row(make_llama, tokenizer, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    model = load_scalar_model(ModelSource(str(tmp_path)), tokenizer, seed=0)
+    batch = collate(ROWS, 0)
+    everywhere = token_scores(model, batch, torch.ones_like(batch.input_ids) > 0)
+    found = widths(model)
+    scores = sequence_scores(model, batch)
+    assert found == [29, 3]
+    expected = everywhere.gather(1, batch.lengths[:, None] - 1).squeeze(1)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+class Mixing(nn.Module):
+    """A feed-forward that looks at other tokens too."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.inner(states.cumsum(1))
+        return mixed
+
+
+def test_a_feed_forward_that_looks_around_is_left_alone(make_llama):
+    model = make_llama()
+    model.model.layers[-1].mlp = Mixing(model.model.layers[-1].mlp)
+    assert last_block.last_feed_forward(model) is None
+
+
+def test_what_is_computed_again_keeps_its_shape(make_llama):
+    model = allow_packing(make_llama())
+    expected = batch_logprobs(model, collate(ROWS, 0))
+    expected.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    found = batch_logprobs(model, collate(ROWS, 0))
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_is_left_behind_where_a_forward_fails(make_llama):
+    model = allow_packing(make_llama())
+    feed_forward = model.model.layers[-1].mlp
+    with pytest.raises(RuntimeError), last_block.only_at(feed_forward, torch.tensor([0])):
+        raise RuntimeError
+    assert not feed_forward._forward_hooks
+    assert not feed_forward._forward_pre_hooks
