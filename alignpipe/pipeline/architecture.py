@@ -82,6 +82,7 @@ class Architecture:
         final_norm: parameters of the norm after the last block.
         kept_wide: numbers a token leaves in a block for the backward pass in float32 whatever the precision.
         kept: the same, in the precision of matrix products.
+        kept_inside: of `kept`, those that the feed-forward keeps.
         read_again: numbers of a token that a second and third matrix read too.
         softcapped: logits go through a tanh (arXiv:2408.00118, section 2).
         source: where the weights come from; roles of one source share a base below their adapters.
@@ -103,6 +104,7 @@ class Architecture:
     final_norm: int
     kept_wide: int
     kept: int
+    kept_inside: int
     read_again: int
     softcapped: bool = False
     source: str = ""
@@ -267,6 +269,7 @@ def parse_architecture(raw: dict[str, Any]) -> Architecture:
         kept_wide=2 * family.norms * hidden + family.norms + heads + head_norms,
         # Inputs of q_proj and gate_proj; queries, keys, values, attention's output; gate, its SiLU, up, their product.
         kept=2 * hidden + 2 * queries + 2 * keys + 4 * inner,
+        kept_inside=hidden + 4 * inner,
         # q, k and v read the same; gate and up do.
         read_again=3 * hidden,
         softcapped=bool(raw.get("final_logit_softcapping")),
@@ -302,6 +305,7 @@ def _gpt2(raw: dict[str, Any]) -> Architecture:
         kept_wide=2 * hidden + 4 + heads,
         # Inputs of three matrices; c_attn's output; five numbers a unit that the tanh form of GELU keeps.
         kept=6 * hidden + 5 * inner,
+        kept_inside=hidden + 5 * inner,
         read_again=0,
     )
 

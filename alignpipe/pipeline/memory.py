@@ -301,7 +301,7 @@ def _gradient_moments(held: Memory, role: Role, batch: Batch, setting: Setting) 
     """The loss, the blocks' backward pass, and its end."""
     shape, launch = role.shape, setting.launch
     layer, between = _layer_activations(shape, batch, setting), _temporaries(shape, batch, setting)
-    kept = shape.num_layers * layer
+    kept = shape.num_layers * layer - _unread(role, batch, setting)
     again = 0.0
     if launch.gradient_checkpointing:
         stream = setting.width if setting.cut else WIDE
@@ -349,12 +349,14 @@ def _gradient_moments(held: Memory, role: Role, batch: Batch, setting: Setting) 
 
 
 def _adamw_temporaries(role: Role, setting: Setting) -> float:
-    """Numbers that AdamW holds for a moment beside its state.
+    """Numbers that AdamW holds for a moment beside its state: none where it is fused (training/optim.py).
 
-    On a CPU it goes from tensor to tensor, with two copies of each; on a GPU it takes all of them at once (torch's
-    `foreach`), with one copy of all.
+    Over sharded weights on a CPU it goes from tensor to tensor, with two copies of each; on a GPU it takes all of them
+    at once (torch's `foreach`), with one copy of all.
     """
     own = role.own(setting)
+    if not setting.cut:
+        return 0.0
     if setting.gpu:
         return own * setting.share
     return min(2.0 * own, 2.0 * role.shape.largest) * setting.share
@@ -371,6 +373,14 @@ def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> f
         # Autocast casts a matrix's input each time it is read, and keeps every one of these.
         numbers += shape.read_again * setting.width
     return batch.tokens * numbers + _attention_activations(shape, batch, setting)
+
+
+def _unread(role: Role, batch: Batch, setting: Setting) -> float:
+    """Bytes that the last feed-forward does not keep, of tokens that are not read (models/last_block.py)."""
+    if role.whole_logits(setting):
+        return 0.0
+    unread = batch.tokens - min(batch.tokens, batch.rows * batch.learnt)
+    return unread * role.shape.kept_inside * setting.width
 
 
 def _attention_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:

@@ -168,8 +168,10 @@ def test_no_part_of_any_moment_is_negative(kind: str, shape: Architecture) -> No
                 assert all(getattr(memory, part) >= 0 for part in PARTS), memory
 
 
-def _kept(model: PreTrainedModel, rows: list[Example], *, bf16: bool) -> int:
+def _kept(model: PreTrainedModel, rows: list[Example], *, bf16: bool, everywhere: bool = False) -> int:
     """Bytes that a forward keeps beside the weights, each storage once; under autocast the 16-bit weights too."""
+    batch = collate(rows, 0)
+    at = torch.nn.functional.pad(batch.loss_mask[:, 1:], (0, 1)) | everywhere
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.Tensor] = {}
 
@@ -180,7 +182,7 @@ def _kept(model: PreTrainedModel, rows: list[Example], *, bf16: bool) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = body_states(model, collate(rows, 0))
+        output = body_states(model, batch, at)
     kept = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
     del output
     return kept
@@ -206,6 +208,19 @@ def test_activations_are_what_a_forward_keeps(
         loss = training_moments(Memory(), Role(found), [batch], setting)[0]
         told.append(loss.activations + loss.copies)
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
+
+
+def test_last_feed_forward_keeps_what_is_read_alone(make_llama: Callable[..., PreTrainedModel]) -> None:
+    rows = [Example([row] * 40 + [9] * 24, [False] * 40 + [True] * 24) for row in range(8)]
+    model = allow_packing(make_llama())
+    whole, read = (_kept(model.train(), rows, bf16=False, everywhere=every) for every in (True, False))
+    role = Role(parse_architecture(model.config.to_dict()))
+    _, setting = _stage("sft")
+    told = [
+        training_moments(Memory(), role, [Batch(8, 64, learnt)], setting)[1].activations
+        for learnt in (64, 24)
+    ]
+    assert told[0] - told[1] == pytest.approx(whole - read, rel=0.1)
 
 
 def test_limits_are_those_of_the_code() -> None:
