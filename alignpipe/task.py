@@ -120,6 +120,11 @@ class Task:
         return self.target.parents[1] / "runs" / self.run / "logs"
 
     @property
+    def rows(self) -> Path:
+        """Where rows that were read or encoded are kept for the next stage that needs them."""
+        return self.target.parents[1] / "rows"
+
+    @property
     def trackers_folder(self) -> Path:
         """Where trackers that write files do so: with the run, since the stage's own folder goes away."""
         return self.target.parents[1] / "runs" / self.run / "trackers" / self.name

@@ -5,8 +5,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from alignpipe.data.encoded_rows import Fit, Form, fit_all
+from alignpipe.data.lazy import as_numbers
 from alignpipe.data.records import (
     Degree,
     Demonstration,
@@ -30,6 +39,17 @@ class Example:
 
     ids: list[int]
     mask: list[bool]
+
+    def pack(self) -> list[list[int]]:
+        """Returns it as JSON values: the ids, and how long the mask stays False, then True, and so on."""
+        runs = [len(list(run)) for _, run in groupby([False, *self.mask])]
+        return [self.ids, [runs[0] - 1, *runs[1:]]]
+
+    @classmethod
+    def unpack(cls, values: Any) -> "Example":
+        """Returns what was packed."""
+        ids, runs = values
+        return cls(ids, [bool(number % 2) for number, run in enumerate(runs) for _ in range(run)])
 
     @classmethod
     def of(cls, prompt: Sequence[int], response: Sequence[int]) -> "Example":
@@ -65,6 +85,18 @@ class RankedExample:
     prompt_length: int
     margin: float | Degree | None = None
 
+    def pack(self) -> list[Any]:
+        """Returns it as JSON values."""
+        examples = [example.pack() for example in self.examples]
+        return [examples, self.ranks, self.gold, self.prompt_length, self.margin]
+
+    @classmethod
+    def unpack(cls, values: Any) -> "RankedExample":
+        """Returns what was packed."""
+        examples, ranks, gold, prompt_length, margin = values
+        gold = None if gold is None else tuple(gold)
+        return cls(tuple(map(Example.unpack, examples)), tuple(ranks), gold, prompt_length, margin)
+
     @property
     def num_tokens(self) -> int:
         """Tokens that a model reads, over all responses."""
@@ -87,9 +119,9 @@ class Encoded(Generic[Item]):
         num_dropped: Records over the length of which nothing is left.
     """
 
-    examples: list[Item]
+    examples: Sequence[Item]
     num_overflow: int
-    kept: list[int]
+    kept: Sequence[int]
     num_dropped: int = 0
 
     @property
@@ -98,11 +130,19 @@ class Encoded(Generic[Item]):
         return {"rows_cut": self.num_overflow - self.num_dropped, "rows_dropped": self.num_dropped}
 
 
-class _Fit(NamedTuple, Generic[Item]):
-    """One record fitted into a length: what is left of it, and how many tokens it had."""
+class _Limit(NamedTuple):
+    """The tokens that a record may have, the key that says so, and what becomes of one over it."""
 
-    item: Item | None
-    length: int
+    key: str
+    tokens: int
+    on_overflow: str
+
+
+# Raised by hand when a change of the code changes what is made of the same records.
+VERSION = 1
+EXAMPLE = Form(Example.pack, Example.unpack)
+RANKED = Form(RankedExample.pack, RankedExample.unpack)
+PROMPT: Form[list[int]] = Form(list, list)
 
 
 def encode_demonstrations(
@@ -127,20 +167,23 @@ def encode_demonstrations(
         DataError: One is over the length and that is an error, or none is left.
     """
 
-    def fit(record: Demonstration) -> _Fit[Example]:
+    def fit(record: Demonstration) -> Fit[Example]:
         ids, mask = tokenizer.encode_conversation(record.messages)
         length, prompt_length = len(ids), _num_before_last_turn(mask)
         if loss_on == "last":
             mask = [False] * prompt_length + mask[prompt_length:]
         if length > max_length:
             if on_overflow != "cut":
-                return _Fit(None, length)
+                return Fit((), length)
             start, end = _cut_prompt(ids[:prompt_length], length - max_length, tokenizer)
             ids, mask = [*ids[:start], *ids[end:]][:max_length], [*mask[:start], *mask[end:]][:max_length]
         mask = [False, *([True] * (len(ids) - 1) if loss_on == "all" else mask[1:])]
-        return _Fit(Example(ids, mask), length)
+        return Fit((Example(ids, mask),), length)
 
-    return _encode(records, fit, "max_length", max_length, on_overflow)
+    limit = _Limit("max_length", max_length, on_overflow)
+    return _encode(
+        records, fit, EXAMPLE, limit, partial(_settings, tokenizer, "demonstrations", loss_on, *limit)
+    )
 
 
 def encode_rankings(
@@ -168,7 +211,7 @@ def encode_rankings(
         DataError: One is over the length and that is an error, or none is left.
     """
 
-    def fit(record: Ranking) -> _Fit[RankedExample]:
+    def fit(record: Ranking) -> Fit[RankedExample]:
         prompt, responses = tokenizer.encode_responses(record.prompt, record.responses)
         length = len(prompt) + max(map(len, responses))
         if length > max_length and on_overflow == "cut":
@@ -182,12 +225,13 @@ def encode_rankings(
         chosen = sorted(first.values())
         ranks = tuple(record.ranks[index] for index in chosen)
         if len(ranks if keep_tied else set(ranks)) < 2:
-            return _Fit(None, length)
+            return Fit((), length)
         examples = tuple(Example.of(prompt, responses[index]) for index in chosen)
         gold = None if record.gold is None else tuple(record.gold[index] for index in chosen)
-        return _Fit(RankedExample(examples, ranks, gold, len(prompt), record.margin), length)
+        return Fit((RankedExample(examples, ranks, gold, len(prompt), record.margin),), length)
 
-    return _encode(records, fit, "max_length", max_length, on_overflow)
+    limit = _Limit("max_length", max_length, on_overflow)
+    return _encode(records, fit, RANKED, limit, partial(_settings, tokenizer, "rankings", keep_tied, *limit))
 
 
 def encode_unpaired(
@@ -205,19 +249,20 @@ def encode_unpaired(
         DataError: One is over the length and that is an error, or none is left.
     """
 
-    def fit(record: Unpaired) -> _Fit[RankedExample]:
+    def fit(record: Unpaired) -> Fit[RankedExample]:
         prompt, responses = tokenizer.encode_responses(record.prompt, (record.response,))
         length = len(prompt) + len(responses[0])
         if length > max_length:
             if on_overflow != "cut":
-                return _Fit(None, length)
+                return Fit((), length)
             start, end = _cut_prompt(prompt, length - max_length, tokenizer)
             prompt = [*prompt[:start], *prompt[end:]]
         example = Example.of(prompt, responses[0][: max_length - len(prompt)])
         rank = 1.0 if record.desirable else 2.0
-        return _Fit(RankedExample((example,), (rank,), None, len(prompt)), length)
+        return Fit((RankedExample((example,), (rank,), None, len(prompt)),), length)
 
-    return _encode(records, fit, "max_length", max_length, on_overflow)
+    limit = _Limit("max_length", max_length, on_overflow)
+    return _encode(records, fit, RANKED, limit, partial(_settings, tokenizer, "unpaired", *limit))
 
 
 def encode_prompts(
@@ -235,17 +280,18 @@ def encode_prompts(
         DataError: One is over the length and that is an error, or none is left.
     """
 
-    def fit(record: Prompt) -> _Fit[list[int]]:
+    def fit(record: Prompt) -> Fit[list[int]]:
         ids = tokenizer.encode_prompt(record.messages)
         length = len(ids)
         if length > max_prompt_length:
             if on_overflow != "cut":
-                return _Fit(None, length)
+                return Fit((), length)
             start, end = _cut_prompt(ids, length - max_prompt_length, tokenizer)
             ids = [*ids[:start], *ids[end:]]
-        return _Fit(ids, length)
+        return Fit((ids,), length)
 
-    return _encode(records, fit, "max_prompt_length", max_prompt_length, on_overflow)
+    limit = _Limit("max_prompt_length", max_prompt_length, on_overflow)
+    return _encode(records, fit, PROMPT, limit, partial(_settings, tokenizer, "prompts", *limit))
 
 
 def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> Encoded[Example]:
@@ -259,15 +305,15 @@ def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int)
         tokenizer: Its template is not used.
         max_length: Tokens a window may have, at least 2.
     """
-    examples: list[Example] = []
-    kept: list[int] = []
-    for index, record in enumerate(records):
+
+    def fit(record: Text) -> Fit[Example]:
         ids = [*tokenizer.encode_text(record.text), tokenizer.eos_id]
-        for start in range(0, max(1, len(ids) - 1), max_length - 1):
-            window = ids[start : start + max_length]
-            examples.append(Example(window, [False] + [True] * (len(window) - 1)))
-            kept.append(index)
-    return Encoded(examples, 0, kept)
+        starts = range(0, max(1, len(ids) - 1), max_length - 1)
+        windows = [ids[start : start + max_length] for start in starts]
+        return Fit([Example(window, [False] + [True] * (len(window) - 1)) for window in windows], len(ids))
+
+    found = fit_all(records, fit, EXAMPLE, partial(_settings, tokenizer, "texts", max_length))
+    return Encoded(found.items, 0, found.records)
 
 
 def _num_before_last_turn(mask: Sequence[bool]) -> int:
@@ -281,33 +327,34 @@ def _cut_prompt(prompt: list[int], surplus: int, tokenizer: Tokenizer) -> tuple[
     return start, start + min(surplus, len(prompt) - 1)
 
 
+def _settings(tokenizer: Tokenizer, *settings: Any) -> list[Any]:
+    """All that decides what becomes of a record."""
+    # A template may write the date.
+    today = str(date.today()) if "strftime_now" in tokenizer.chat_template else ""
+    return [VERSION, version("tokenizers"), tokenizer.fingerprint, today, *settings]
+
+
 def _encode(
     records: Sequence[AnyRecord],
-    fit: Callable[[AnyRecord], _Fit[Item]],
-    key: str,
-    limit: int,
-    on_overflow: str,
+    fit: Callable[[AnyRecord], Fit[Item]],
+    form: Form[Item],
+    limit: _Limit,
+    settings: Callable[[], Sequence[Any]],
 ) -> Encoded[Item]:
-    encoded: Encoded[Item] = Encoded([], 0, [])
-    num_overflow = num_dropped = 0
-    lengths: list[int] = []
-    for index, record in enumerate(records):
-        item, length = fit(record)
-        lengths.append(length)
-        num_overflow += length > limit
-        num_dropped += length > limit and item is None
-        if length > limit and on_overflow == "error":
-            raise DataError(
-                f"row {index + 1} of those read ({_shown(record)}) has {length} tokens, more than "
-                f"{key}={limit}; "
-                f"raise {key} or set data.on_overflow=cut or drop"
-            )
-        if item is not None:
-            encoded.examples.append(item)
-            encoded.kept.append(index)
-    if records and not encoded.examples:
-        raise DataError(_none_left(lengths, key, limit, on_overflow))
-    return Encoded(encoded.examples, num_overflow, encoded.kept, num_dropped)
+    """Encodes records of which each makes one item, or none."""
+    found = fit_all(records, fit, form, settings)
+    over = np.flatnonzero(found.lengths > limit.tokens)
+    if limit.on_overflow == "error" and len(over):
+        index, key = int(over[0]), limit.key
+        raise DataError(
+            f"row {index + 1} of those read ({_shown(records[index])}) has {found.lengths[index]} tokens, more than "
+            f"{key}={limit.tokens}; "
+            f"raise {key} or set data.on_overflow=cut or drop"
+        )
+    if records and not found.items:
+        raise DataError(_none_left(found.lengths, limit))
+    num_dropped = len(np.setdiff1d(over, as_numbers(found.records)))
+    return Encoded(found.items, len(over), found.records, num_dropped)
 
 
 def _shown(record: Record) -> str:
@@ -315,9 +362,10 @@ def _shown(record: Record) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def _none_left(lengths: list[int], key: str, limit: int, on_overflow: str) -> str:
+def _none_left(lengths: NDArray[np.int64], limit: _Limit) -> str:
+    key, tokens, on_overflow = limit
     sizes = f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens"
-    if max(lengths) <= limit:
+    if max(lengths) <= tokens:
         return f"none of {sizes} has two responses of different rank, so there is nothing to learn; rank them"
     mend = f"raise {key}" if on_overflow == "cut" else f"raise {key} or set data.on_overflow=cut"
-    return f"nothing is left of {sizes} within {key}={limit}; {mend}"
+    return f"nothing is left of {sizes} within {key}={tokens}; {mend}"

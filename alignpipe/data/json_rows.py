@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignpipe.data.lines import Row, read_lines
+from alignpipe.data.lines import WHOLE, Row, Stretch, read_lines
 from alignpipe.errors import DataError
 
 _WRAPPED = re.compile(r'\s*\{\s*"(?:data|rows|examples)"\s*:\s*(?=\[)')
@@ -47,14 +47,15 @@ class _Decoder:
         self._faults.append(f"{name} is no JSON number; write null")
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
-    """Yields the rows of a file with one JSON object a line; blank lines are skipped.
+def read_jsonl(path: Path, stretch: Stretch = WHOLE) -> Iterator[Row]:
+    """Yields the rows of a file, or of a stretch of it, with one JSON object a line; blank lines are skipped.
 
     Raises:
         DataError: As in `read_lines`, or a line is broken JSON.
     """
     decoder = _Decoder()
-    for line, raw in read_lines(path):
+    packed = path.suffix.lower() == ".gz"
+    for line, raw, offset, size in read_lines(path, stretch):
         # Without the line end, so that an error at the end is in this line's columns.
         text = raw.rstrip("\r\n")
         start = _after_space(text, 0)
@@ -68,7 +69,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             cut = "" if raw.endswith("\n") else "; it is the last line and may be cut off"
             raise DataError(f"{path}:{line}{_complaint(error)}{cut}; mend or remove the line") from error
-        yield row
+        yield Row(line, row.values, row.fault, None if packed else (offset, size))
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -77,7 +78,7 @@ def read_json(path: Path) -> Iterator[Row]:
     Raises:
         DataError: As in `read_lines`, or the JSON is broken.
     """
-    text = "".join(line for _, line in read_lines(path))
+    text = "".join(line.text for line in read_lines(path))
     wrapped = _WRAPPED.match(text)
     at = wrapped.end() if wrapped else _after_space(text, 0)
     if not text.startswith("[", at):

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from alignpipe.errors import DataError
 
@@ -23,11 +23,46 @@ class Row:
         line: Line it begins on, from 1; for Parquet and hub data, its number from 1.
         values: By column.
         fault: What spoils the row, or None.
+        span: Bytes of the file before it and of it, where it is a line of JSON in a file that is not packed.
     """
 
     line: int
     values: dict[str, Any]
     fault: str | None = None
+    span: tuple[int, int] | None = None
+
+
+class Line(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+        number: From 1.
+        text: With its end, without a byte order mark.
+        offset: Bytes of the file before the text.
+        size: Bytes of the text.
+    """
+
+    number: int
+    text: str
+    offset: int
+    size: int
+
+
+class Stretch(NamedTuple):
+    """Whole lines of a file.
+
+    Attributes:
+        start: Bytes before them.
+        end: Bytes up to the end of the last; None for all that follow.
+        line: Number of the first.
+    """
+
+    start: int = 0
+    end: int | None = None
+    line: int = 1
+
+
+WHOLE = Stretch()
 
 
 def open_data(path: Path) -> BinaryIO:
@@ -62,15 +97,32 @@ def open_data(path: Path) -> BinaryIO:
     return handle
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""Yields the lines of a file with their numbers from 1, line ends kept; a byte order mark is left out.
+def stretches(path: Path, size: int) -> list[Stretch]:
+    """Cuts a file at line ends into stretches of about so many bytes.
+
+    Raises:
+        DataError: As in `open_data`.
+    """
+    found: list[Stretch] = []
+    start, line = 0, 1
+    with open_data(path) as handle:
+        while block := handle.read(size):
+            block += handle.readline(MAX_LINE_BYTES + 1)
+            found.append(Stretch(start, start + len(block), line))
+            start, line = start + len(block), line + block.count(b"\n")
+    return found
+
+
+def read_lines(path: Path, stretch: Stretch = WHOLE) -> Iterator[Line]:
+    r"""Yields the lines of a file, or of a stretch of it.
 
     Raises:
         DataError: As in `open_data`, or a line is too long or not UTF-8.
     """
-    offset = 0
+    offset = stretch.start
     with open_data(path) as handle:
-        for line, raw in enumerate(_raw_lines(handle, path), 1):
+        handle.seek(offset)
+        for line, raw in enumerate(_raw_lines(handle, path), stretch.line):
             if len(raw) > MAX_LINE_BYTES:
                 raise DataError(
                     f"{path}:{line}: longer than {MAX_LINE_BYTES:,} bytes; expected one row a line"
@@ -85,8 +137,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     "UTF-8, "
                     "or from what it really is"
                 ) from error
-            yield line, text
+            yield Line(line, text, offset + skipped, len(raw) - skipped)
             offset += len(raw)
+            if offset == stretch.end:
+                return
 
 
 def _raw_lines(handle: BinaryIO, path: Path) -> Iterator[bytes]:

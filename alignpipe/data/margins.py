@@ -3,7 +3,7 @@
 ranking -> a worth for each response; the margin of a pair is the difference of the two worths
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from alignpipe.config import RMConfig
 from alignpipe.data.encoding import RankedExample
@@ -31,7 +31,7 @@ def worths(ranking: AnyRanking, config: RMConfig) -> list[float]:
     return [config.margin_scale * worth for worth in _WORTHS[config.margin](ranking, config)]
 
 
-def check_margins(rankings: Sequence[AnyRanking], config: RMConfig, name: str) -> None:
+def check_margins(rankings: Iterable[AnyRanking], config: RMConfig, name: str) -> None:
     """Makes sure that every ranking has what its margins are read from.
 
     Raises:

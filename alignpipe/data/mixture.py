@@ -4,15 +4,23 @@ The weights are shares of the rows of an epoch. Which rows of a plentiful source
 epoch has the same ones.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from alignpipe.data.lazy import Lazy, as_numbers, take
 from alignpipe.data.order import order
+from alignpipe.data.row_store import digest
 from alignpipe.data.shares import indices_in_share
-from alignpipe.data.sources import COLLECT, MIXTURE, DataSource, RecordSet, parts_of
+from alignpipe.data.sources import MIXTURE, DataSource, RecordSet, parts_of
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +33,13 @@ class Portion:
         sources: For each record, the data set it comes from, as it is called.
     """
 
-    records: list[Any]
-    places: list[str]
-    sources: list[str]
+    records: Sequence[Any]
+    places: Sequence[str]
+    sources: Sequence[str]
 
     def take(self, indices: Sequence[int]) -> "Portion":
         """Returns some of the records, in the order given."""
-        return Portion(
-            *([column[i] for i in indices] for column in (self.records, self.places, self.sources))
-        )
+        return Portion(*(take(column, indices) for column in (self.records, self.places, self.sources)))
 
     def rows_by_source(self) -> dict[str, int]:
         """Counts the records of each source."""
@@ -48,31 +54,44 @@ def read_portion(source: DataSource, found: Sequence[RecordSet], share: str) -> 
         found: What each of its parts holds.
         share: As in `in_share`.
     """
-    parts = parts_of(source)
     shares = source.config.shares
-    within = [
-        indices_in_share(one.records, share, shares, COLLECT if part.kind == COLLECT else "")
-        for part, one in zip(parts, found, strict=True)
-    ]
+    within = [indices_in_share(one.points, share, shares) for one in found]
     if source.kind == MIXTURE:
         weights = list(source.config.mixture.values())
         taken = mix([len(indices) for indices in within], weights, source.config.mixture_stopping)
-        within = [[indices[at] for at in rows] for indices, rows in zip(within, taken, strict=True)]
-    # Side by side, so that the first rows of all are a mixture too.
-    places = sorted(
-        ((at + 0.5) / len(indices), part, index)
-        for part, indices in enumerate(within)
-        for at, index in enumerate(indices)
-    )
+        within = [indices[as_numbers(rows)] for indices, rows in zip(within, taken, strict=True)]
     names = source_names(source)
+    if len(found) == 1:
+        (one,), (indices,) = found, within
+        return Portion(take(one.records, indices), take(one.places, indices), names * len(indices))
+    # Side by side, so that the first rows of all are a mixture too.
+    sizes = [len(indices) for indices in within]
+    depths = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    parts, indices = np.repeat(np.arange(len(sizes)), sizes), np.concatenate(within)
+    rows = np.lexsort((indices, parts, depths))
+    parts, indices = parts[rows], indices[rows]
     return Portion(
-        [found[part].records[index] for _, part, index in places],
-        [_place(parts[part], found[part], index) for _, part, index in places],
-        [names[part] for _, part, _ in places],
+        _joined([one.records for one in found], parts, indices),
+        _joined([one.places for one in found], parts, indices),
+        [names[part] for part in parts],
     )
 
 
-def mix(sizes: Sequence[int], weights: Sequence[float], stopping: str) -> list[list[int]]:
+def _joined(
+    columns: Sequence[Sequence[Item]], parts: NDArray[np.int64], indices: NDArray[np.int64]
+) -> Lazy[Item]:
+    """Items of several sequences as one: for each the number of its sequence, and its index there."""
+    origins = [column.identity if isinstance(column, Lazy) else "" for column in columns]
+    chosen = hashlib.sha256(parts.tobytes() + indices.tobytes()).hexdigest()
+    return Lazy(
+        lambda row: columns[parts[row]][indices[row]],
+        np.arange(len(parts)),
+        digest(origins, chosen) if all(origins) else "",
+        next((column.home for column in columns if isinstance(column, Lazy)), None),
+    )
+
+
+def mix(sizes: Sequence[int], weights: Sequence[float], stopping: str) -> list[Lazy[int]]:
     """Returns, for each source, the numbers of the rows that an epoch takes from it, ascending.
 
     With w_i the weight as a share of all weights, an epoch of R rows takes floor(w_i R) from source i. R is where
@@ -88,14 +107,15 @@ def mix(sizes: Sequence[int], weights: Sequence[float], stopping: str) -> list[l
     rows = (min if stopping == "first_exhausted" else max)(reach, default=0.0)
     # A hair more, since 0.3 of 10 rows must not be 2.9999.
     return [
-        _take(size, int(rows * weight / total + 1e-9)) if size else []
+        _take(size, int(rows * weight / total + 1e-9) if size else 0)
         for size, weight in zip(sizes, weights, strict=True)
     ]
 
 
-def _take(size: int, count: int) -> list[int]:
-    copies, rest = divmod(count, size)
-    return sorted([*range(size)] * copies + [*order(0, 0, size)[:rest]])
+def _take(size: int, count: int) -> Lazy[int]:
+    copies, rest = divmod(count, max(1, size))
+    rows = np.sort(np.concatenate([np.tile(np.arange(size), copies), as_numbers(order(0, 0, size)[:rest])]))
+    return Lazy(int, rows)
 
 
 def source_names(source: DataSource) -> list[str]:
@@ -103,7 +123,3 @@ def source_names(source: DataSource) -> list[str]:
     parts = parts_of(source)
     short = [Path(part.path).name if part.kind == "file" else part.path for part in parts]
     return short if len(set(short)) == len(short) else [part.path for part in parts]
-
-
-def _place(part: DataSource, found: RecordSet, index: int) -> str:
-    return found.places[index] if found.places else f"{part.path}:{index + 1}"

@@ -8,14 +8,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-_MASK = (1 << 64) - 1
+import numpy as np
+from numpy.typing import NDArray
+
+from alignpipe.data.lazy import Lazy
 
 
-def _mix(value: int) -> int:
-    """SplitMix64's output function: spreads neighbouring counters over 64 bits."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
-    return value ^ (value >> 31)
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's output function, modulo 2^64: spreads neighbouring counters over 64 bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 @lru_cache(maxsize=4)
@@ -28,8 +31,8 @@ def order(seed: int, epoch: int, size: int) -> Sequence[int]:
         size: Number of rows.
     """
     start = int.from_bytes(hashlib.sha256(f"order|{seed}|{epoch}".encode()).digest()[:8])
-    keys = [_mix((start + index * 0x9E3779B97F4A7C15) & _MASK) for index in range(size)]
-    return tuple(sorted(range(size), key=keys.__getitem__))
+    counters = np.uint64(start) + np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return Lazy(int, np.argsort(_mix(counters), kind="stable"))
 
 
 def batches(seed: int, size: int, batch_size: int, start: int = 0) -> Iterator[list[int]]:

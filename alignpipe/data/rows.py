@@ -42,10 +42,15 @@ def is_data_file(path: Path) -> bool:
     return suffix_of(path) in _READERS
 
 
+def is_jsonl(path: Path) -> bool:
+    """Whether each line of a file is a row by itself."""
+    return path.suffix.lower() in (".jsonl", ".ndjson")
+
+
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     delimiter = "\t" if suffix_of(path) == ".tsv" else ","
-    reader = csv.reader((text for _, text in read_lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line.text for line in read_lines(path)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -72,7 +77,7 @@ def _header(path: Path, cells: list[str]) -> list[str]:
 def _read_text(path: Path) -> Iterator[Row]:
     """Yields one row a paragraph: documents are set apart by blank lines."""
     start, paragraph = 1, ""
-    for line, text in read_lines(path):
+    for line, text, _, _ in read_lines(path):
         if text.strip():
             start = start if paragraph else line
             paragraph += text

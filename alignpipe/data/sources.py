@@ -8,20 +8,27 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from alignpipe.config import TOY, DataConfig, semantic
 from alignpipe.data.dialogue import RowFault
 from alignpipe.data.embedded import read_world, world_hash
 from alignpipe.data.formats import TYPES, Layout, find_layout, read_record
 from alignpipe.data.hub import is_hub_id, read_hub, resolve_commit
-from alignpipe.data.lines import Row
+from alignpipe.data.json_rows import read_jsonl
+from alignpipe.data.lazy import Lazy
+from alignpipe.data.lines import WHOLE, Row, stretches
 from alignpipe.data.preferences import write_rankings
-from alignpipe.data.records import RECORD_TYPES, RecordType
-from alignpipe.data.rows import is_data_file, read_rows
+from alignpipe.data.records import RECORD_TYPES, RecordType, prompt_text
+from alignpipe.data.row_index import Lines, Piece, read_index, write_index, written
+from alignpipe.data.row_store import digest, entry
+from alignpipe.data.rows import is_data_file, is_jsonl, read_rows
+from alignpipe.data.shares import point_of, points_of
 from alignpipe.errors import DataError
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "MIXTURE",
     "RANKINGS",
     "DataSource",
+    "Keep",
     "RecordSet",
     "Rejected",
     "content_hash",
@@ -49,6 +57,12 @@ COLLECT, MIXTURE = "collect", "mixture"
 # What a collect stage's folder holds.
 RANKINGS = "rankings.jsonl"
 _CHUNK = 1 << 20
+# Raised by hand when a change of the code changes what is made of the same rows.
+INDEX_VERSION = 1
+# Bytes that one process reads at a time.
+STRETCH = 1 << 23
+# Files of fewer bytes are read again sooner than an index of them is kept.
+MIN_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -84,14 +98,28 @@ class RecordSet:
         rejected: The others.
         num_rows: Of both together.
         format: How rows were read; `toy` for the embedded world.
-        places: For each record, `file:line`; empty for the embedded world.
+        places: For each record, `file:line`, or `toy:number`.
+        points: (N,), where the prompt of each record falls among the shares.
     """
 
-    records: list[Any]
+    records: Sequence[Any]
     rejected: list[Rejected]
     num_rows: int
     format: str
-    places: list[str]
+    places: Sequence[str]
+    points: NDArray[np.float64] = field(compare=False)
+
+
+class Keep(NamedTuple):
+    """Where what was read of a data set is kept, so that it need not be read again.
+
+    Attributes:
+        root: Folder of all that is kept.
+        content: Hash of what the data set holds.
+    """
+
+    root: Path
+    content: str
 
 
 def find_source(name: str, config: DataConfig) -> DataSource:
@@ -264,27 +292,32 @@ def readable_types(source: DataSource) -> frozenset[RecordType]:
     return frozenset.intersection(*types)
 
 
-def read_parts(source: DataSource, want: RecordType) -> list[RecordSet]:
+def read_parts(source: DataSource, want: RecordType, keep: Keep | None = None) -> list[RecordSet]:
     """Reads each part of a data set as `read_records` does."""
-    return [read_records(part, want) for part in parts_of(source)]
+    return [
+        read_records(part, want, keep and Keep(keep.root, f"{keep.content}/{number}"))
+        for number, part in enumerate(parts_of(source))
+    ]
 
 
-def read_records(source: DataSource, want: RecordType) -> RecordSet:
+def read_records(source: DataSource, want: RecordType, keep: Keep | None = None) -> RecordSet:
     """Reads a data set as records of one type.
 
     Args:
         source: The data set, no mixture.
         want: The type; see `readable_types`.
+        keep: Where to keep what was read of a large one; None to keep nothing.
 
     Raises:
         ConfigError: The embedded world cannot be made as configured.
         DataError: The data set holds no such records, a file is broken, or more than `data.max_bad` of the
             rows cannot be used; names the first of them.
-        MachineError: The hub cannot be reached.
+        MachineError: The hub cannot be reached, or the disk refuses what is kept.
     """
     if source.kind == "toy":
         world = read_world(source.config, want)
-        return RecordSet(world, [], len(world), TOY, [])
+        places = [f"{TOY}:{number}" for number in range(1, len(world) + 1)]
+        return RecordSet(world, [], len(world), TOY, places, points_of(world))
     layout = layout_of(source)
     if want not in TYPES[layout.format]:
         holds = ", ".join(sorted(TYPES[layout.format]))
@@ -293,7 +326,7 @@ def read_records(source: DataSource, want: RecordType) -> RecordSet:
             "give other "
             "data, or set data.format or data.columns"
         )
-    found = scan(source, layout, want)
+    found = scan(source, layout, want, keep)
     if len(found.rejected) > source.config.max_bad * found.num_rows or not found.records:
         first = found.rejected[0]
         raise DataError(
@@ -304,24 +337,60 @@ def read_records(source: DataSource, want: RecordType) -> RecordSet:
     return found
 
 
-def scan(source: DataSource, layout: Layout, want: RecordType) -> RecordSet:
-    """Reads all rows, however many of them are bad.
+def scan(source: DataSource, layout: Layout, want: RecordType, keep: Keep | None = None) -> RecordSet:
+    """Reads all rows, however many of them are bad; records are made again whenever they are asked for.
 
     Raises:
         DataError: A file is broken.
     """
-    found = RecordSet([], [], 0, layout.format, [])
-    count = 0
-    for file, row in islice(rows_of(source), source.config.max_rows):
-        count += 1
+    config, files = source.config, [source.path] if source.kind == "hub" else list(map(str, _paths(source)))
+    salt = COLLECT if source.kind == COLLECT else ""
+
+    def read(piece: Piece) -> Iterator[Row]:
+        if source.kind == "hub":
+            return read_hub(source.path, config.split, config.revision)
+        path = Path(files[piece.file])
+        return read_rows(path) if piece.stretch == WHOLE else read_jsonl(path, piece.stretch)
+
+    def judge(row: Row) -> float | str:
         try:
             if row.fault is not None:
                 raise RowFault(row.fault)
-            found.records.append(read_record(row.values, layout, want))
-            found.places.append(f"{file}:{row.line}")
+            return point_of(prompt_text(read_record(row.values, layout, want)), salt)
         except RowFault as fault:
-            found.rejected.append(Rejected(file, row.line, str(fault)))
-    return RecordSet(found.records, found.rejected, count, found.format, found.places)
+            return str(fault)
+
+    def build(folder: Path) -> None:
+        write_index(_pieces(source), len(files), read, judge, config.max_rows, folder)
+
+    small = source.kind != "hub" and sum(path.stat().st_size for path in _paths(source)) < MIN_KEPT
+    root, content = (None, "") if keep is None or small else keep
+    key = digest(INDEX_VERSION, content, source.kind, config.split, asdict(layout), want, config.max_rows)
+    with entry(root, key, build) as folder:
+        index, unusable = read_index(folder)
+        copies = [written(folder, number) for number in range(len(files))]
+        values = Lines([*map(Path, files), *copies], index["file"], index["offset"], index["size"])
+    numbers = np.arange(len(index))
+    places = index["file"] % len(files), index["line"]
+    return RecordSet(
+        Lazy(lambda number: read_record(values(number), layout, want), numbers, key if root else "", root),
+        [Rejected(files[row.file], row.line, row.reason) for row in unusable],
+        len(index) + len(unusable),
+        layout.format,
+        Lazy(lambda number: f"{files[places[0][number]]}:{places[1][number]}", numbers),
+        index["point"],
+    )
+
+
+def _pieces(source: DataSource) -> list[Piece]:
+    """What processes read one at a time: stretches of large JSONL, whole files of any other form."""
+    if source.kind == "hub":
+        return [Piece(0)]
+    pieces = []
+    for number, path in enumerate(_paths(source)):
+        cut = is_jsonl(path) and path.stat().st_size > STRETCH and source.config.max_rows is None
+        pieces += [Piece(number, one) for one in (stretches(path, STRETCH) if cut else [WHOLE])]
+    return pieces
 
 
 def write_rejected(rejected: Sequence[Rejected], path: Path) -> None:

@@ -125,7 +125,7 @@ class Tokenizer:
         Raises:
             CheckpointError: The template refuses the conversation.
         """
-        return self._encode(self._render(self._broken(messages), open_turn=True)).ids
+        return self._ids(self._render(self._broken(messages), open_turn=True))
 
     def encode_response(self, messages: Sequence[Message], text: str) -> list[int]:
         """Returns the ids that follow those of the prompt when the assistant says `text`, turn end included.
@@ -145,7 +145,7 @@ class Tokenizer:
         """
         messages = self._broken(messages)
         prompt = self._render(messages, open_turn=True)
-        return self._encode(prompt).ids, self._responses(messages, texts, prompt)
+        return self._ids(prompt), self._responses(messages, texts, prompt)
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Returns the ids of a conversation that ends with the assistant, and which of them are learnt.
@@ -162,10 +162,15 @@ class Tokenizer:
             raise ValueError("a conversation to learn from must end with the assistant")
         before = self._broken(messages[:-1])
         prompt = self._render(before, open_turn=True)
-        ids, spans = self._encode(prompt)
         response = self._responses(before, [messages[-1].content], prompt)[0]
+        turns = self._earlier_turns(before, prompt)
+        if not turns:
+            # Where each token stands takes time to tell, and most conversations have one turn.
+            ids = self._ids(prompt)
+            return ids + response, [False] * len(ids) + [True] * len(response)
+        ids, spans = self._encode(prompt)
         mask = [False] * len(ids)
-        for begin, end in self._earlier_turns(before, prompt):
+        for begin, end in turns:
             for index, (first, last) in enumerate(spans):
                 mask[index] = mask[index] or begin <= first < last <= end
         return ids + response, mask + [True] * len(response)
@@ -208,6 +213,13 @@ class Tokenizer:
                 text = text.replace(token, token[0] + _BREAK + token[1:])
         return text
 
+    def _ids(self, text: str) -> list[int]:
+        """Encodes rendered text, without where its tokens stand."""
+        if _BREAK in text:
+            return self._encode(text).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
     def _encode(self, text: str) -> _Encoding:
         """Encodes rendered text: the template's special tokens are tokens, broken ones are text."""
         if _BREAK not in text:
@@ -233,7 +245,7 @@ class Tokenizer:
     def _responses(self, messages: tuple[Message, ...], texts: Iterable[str], prompt: str) -> list[list[int]]:
         """Encodes responses behind the end of their prompt; some tokenizers begin a text with a space."""
         context = prompt[-_CONTEXT:]
-        context_ids = self._encode(context).ids
+        context_ids = self._ids(context)
         responses = []
         for text in texts:
             full = self._render((*messages, Message("assistant", self._break(text))))
@@ -244,10 +256,10 @@ class Tokenizer:
                     "can be told from its prompt; remove the template to use model.chat_template=plain"
                 )
             body = full[len(prompt) : self._turn_end_at(full, len(prompt))]
-            ids = self._encode(context + body).ids
+            ids = self._ids(context + body)
             if ids[: len(context_ids)] != context_ids:
                 # The last token of the prompt and the first of the response would run into one.
-                ids = context_ids + self._encode(body).ids
+                ids = context_ids + self._ids(body)
             responses.append([*ids[len(context_ids) :], self.turn_end_id])
         return responses
 

@@ -30,7 +30,7 @@ class Questions:
     """
 
     texts: list[str]
-    prompts: list[list[int]]
+    prompts: Sequence[list[int]]
     judged: bool
 
     def examples(self, responses: Sequence[Sequence[Response]]) -> list[Example]:
@@ -58,7 +58,7 @@ class Asked:
     templates: list[Template]
     wordings: list[Wording]
     loaded: Questions
-    text: list[Example]
+    text: Sequence[Example]
 
 
 def gather(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> Asked:
@@ -99,7 +99,7 @@ def _as_questions(
     return Questions([wording.prompt for wording in wordings], prompts, known)
 
 
-def _held_out_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> list[Example]:
+def _held_out_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> Sequence[Example]:
     """The first rows of the evaluation share of `text_data`: demonstrations where it has them, else documents."""
     if "text_data" not in context.task.data:
         return []
@@ -113,7 +113,7 @@ def _held_out_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -
     return found
 
 
-def _encoded_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> list[Example]:
+def _encoded_text(config: EvalConfig, context: Context, tokenizer: Tokenizer) -> Sequence[Example]:
     data = config.text_data
     if data.format != "text" and "demonstrations" in context.record_types("text_data", data):
         shown = context.records("text_data", data, Demonstration)[: config.text_rows]

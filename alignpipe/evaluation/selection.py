@@ -61,7 +61,7 @@ class Judge:
         return self.context.load_policy("selection_model", self.tokenizer, frozen=True)
 
 
-def select(portion: Portion, judge: Judge) -> tuple[list[int], dict[str, int]]:
+def select(portion: Portion, judge: Judge) -> tuple[Sequence[int], dict[str, int]]:
     """Choose the rows to train on, and write down what became of each.
 
     Args:
@@ -77,7 +77,7 @@ def select(portion: Portion, judge: Judge) -> tuple[list[int], dict[str, int]]:
     """
     config, selection = judge.config, judge.config.selection
     if not selection.is_on:
-        return list(range(len(portion.records))), {}
+        return range(len(portion.records)), {}
     # What is judged is the last response, whatever is learnt.
     overflow, limit = config.data.on_overflow, config.max_length
     responses = encode_demonstrations(portion.records, judge.tokenizer, limit, overflow, "last").examples

@@ -38,13 +38,15 @@ from alignpipe.data.margins import check_margins
 from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType
 from alignpipe.data.selection import refusals
-from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, read_parts, readable_types
+from alignpipe.data.sources import MIXTURE, RANKINGS, DataSource, Keep, read_parts, readable_types
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError, DataError
 from alignpipe.pipeline.graph import Graph, Node, wanted
 from alignpipe.pipeline.heaviest import Length, mean_length
 from alignpipe.pipeline.hub import model_folder
+from alignpipe.pipeline.keys import content_of
 from alignpipe.pipeline.references import DataRef
+from alignpipe.pipeline.store import Store
 
 # Enough for a share of 1 % to be seen, few enough for a plan to take seconds.
 MAX_ENCODED = 2000
@@ -84,8 +86,8 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
     ref = node.data["data"]
     if ref.source is None:
         return _of_collect(node, graph, config, chat_template)
-    want = _wanted(node, ref.source)
-    found = read_parts(ref.source, want)
+    want, folder = _wanted(node, ref.source), Store(Path(config.output_dir).absolute()).rows
+    found = read_parts(ref.source, want, Keep(folder, content_of(node, "data")))
     portion = read_portion(ref.source, found, ref.share)
     records, counts = portion.records, portion.rows_by_source()
     rows = Rows()
@@ -105,7 +107,7 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
         parts = ", ".join(f"{count} of {name}" for name, count in counts.items())
         rows.warnings.append(f"{node.name}: an epoch mixes {parts}")
     if isinstance(node.config, RMConfig):
-        check_margins([record for record in records if isinstance(record, Ranking)], node.config, node.name)
+        check_margins((record for record in records if isinstance(record, Ranking)), node.config, node.name)
     tokenizer = base_tokenizer(config, chat_template)
     sample = records[:: max(1, len(records) // MAX_ENCODED)]
     examples, left, limit = _encoded(node, sample, tokenizer)

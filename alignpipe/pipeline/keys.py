@@ -76,6 +76,12 @@ def _inputs(
     }
 
 
+def content_of(node: Node, role: str) -> str:
+    """Hash of what a data set of a stage holds; the key of the stage that makes it."""
+    data: Any = node.inputs["data"]
+    return str(data[role]["content"])
+
+
 def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:
     """What of a reward takes part; weights and thresholds of what is not there are in no key."""
     takes_part = {

@@ -2,6 +2,7 @@
 
 outputs/stages/<kind>-<key>/   finished, each written once, whatever run asked for it
 outputs/work/<kind>-<key>/     lock, states and unfinished results; gone when the stage is done
+outputs/rows/<key>/            rows of large data sets, read or encoded once; can be deleted while nothing runs
 outputs/runs/<name>/           what a run was told, and a link to each of its stages
 outputs/latest                 name of the newest run
 """
@@ -56,6 +57,11 @@ class Store:
     def run(self, name: str) -> Path:
         """Folder of a run."""
         return self.root / "runs" / name
+
+    @property
+    def rows(self) -> Path:
+        """Folder of what was read and encoded of data sets; each entry can be made again."""
+        return self.root / "rows"
 
     def find(self, kind: str, key: str) -> Manifest | None:
         """The manifest of a finished artifact, sizes compared; None when there is none or it is damaged.

@@ -3,8 +3,9 @@
 from alignpipe.config import Config
 from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Node
+from alignpipe.pipeline.keys import content_of
 from alignpipe.pipeline.plan import Plan
-from alignpipe.pipeline.references import DataRef, ModelRef
+from alignpipe.pipeline.references import ModelRef
 from alignpipe.pipeline.store import Store
 from alignpipe.task import DataInput, ModelInput, Task
 
@@ -26,7 +27,7 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
         target=store.stage(node.kind, node.key),
         config=node.config,
         models={role: _model(ref, plan, store) for role, ref in node.models.items()},
-        data={role: _data(ref, plan, store) for role, ref in node.data.items()},
+        data={role: _data(role, node, plan, store) for role in node.data},
         functions=node.functions,
         chat_template=plan.chat_template,
         architecture=config.model.architecture,
@@ -46,8 +47,9 @@ def _model(ref: ModelRef, plan: Plan, store: Store) -> ModelInput:
     return ModelInput(ref.name, str(store.stage(parent.kind, parent.key)), None, parent.kind, parent.key)
 
 
-def _data(ref: DataRef, plan: Plan, store: Store) -> DataInput:
+def _data(role: str, node: Node, plan: Plan, store: Store) -> DataInput:
+    ref = node.data[role]
     if ref.source is not None:
-        return DataInput(ref.source.kind, ref.source.path, ref.share)
+        return DataInput(ref.source.kind, ref.source.path, ref.share, content_of(node, role))
     parent = plan.graph.nodes[str(ref.stage)]
     return DataInput("collect", str(store.stage(parent.kind, parent.key)), ref.share, parent.key)

@@ -52,7 +52,7 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
     )
     encoded = _encode(config, tokenizer, context)
     rows = encoded.examples
-    held_out: list[RankedExample] = []
+    held_out: Sequence[RankedExample] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
         held_out = _encode(config, tokenizer, context, "eval", config.eval_rows).examples
@@ -218,7 +218,7 @@ def _demonstration_scores(
 
     Where there are no demonstrations, the best response of each ranking stands for one.
     """
-    records: list[Demonstration] = []
+    records: Sequence[Demonstration] = []
     if "demonstrations" in context.task.data:
         records = context.records("demonstrations", config.demonstrations, Demonstration)
     # A small file may have none in their share.

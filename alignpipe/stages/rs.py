@@ -176,7 +176,7 @@ def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best
     records = _demonstrations(config, context)
     wanted = min(round(num_best * config.replay / (1 - config.replay)), len(records))
     drawn = random.Random(config.seed).sample(range(len(records)), wanted)
-    rows = _encode(config, tokenizer, [records[index] for index in drawn])
+    rows = list(_encode(config, tokenizer, [records[index] for index in drawn]))
     # Where some of those drawn are too long, others take their place.
     others = iter(sorted(set(range(len(records))) - set(drawn)))
     while len(rows) < wanted and (index := next(others, None)) is not None:
@@ -184,13 +184,13 @@ def _replayed(config: RSConfig, tokenizer: Tokenizer, context: Context, num_best
     return rows
 
 
-def _demonstrations(config: RSConfig, context: Context, share: str | None = None) -> list[Demonstration]:
+def _demonstrations(config: RSConfig, context: Context, share: str | None = None) -> Sequence[Demonstration]:
     if "demonstrations" not in context.task.data:
         return []
     return context.records("demonstrations", config.demonstrations, Demonstration, share)
 
 
-def _encode(config: RSConfig, tokenizer: Tokenizer, records: Sequence[Demonstration]) -> list[Example]:
+def _encode(config: RSConfig, tokenizer: Tokenizer, records: Sequence[Demonstration]) -> Sequence[Example]:
     """Demonstrations that fit; none where all of them are too long."""
     with suppress(DataError):
         return encode_demonstrations(records, tokenizer, config.max_length, "drop", "response").examples

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from alignpipe.config import SFTConfig, num_steps
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Encoded, Example, encode_demonstrations, encode_prompts, encode_texts
+from alignpipe.data.lazy import take
 from alignpipe.data.mixture import Portion
 from alignpipe.data.records import Demonstration, Prompt, Text
 from alignpipe.data.tokenizer import Tokenizer
@@ -34,8 +35,8 @@ def run(config: SFTConfig, context: Context) -> dict[str, Any]:
     policy = context.load_policy("policy", tokenizer)
     encoded, portion = _encode(config, tokenizer, context)
     chosen, fates = select(portion, Judge(config, policy, tokenizer, context))
-    rows = [encoded.examples[index] for index in chosen]
-    held_out: list[Example] = []
+    rows = take(encoded.examples, chosen)
+    held_out: Sequence[Example] = []
     # All of them may be too long; that matters for the rows trained on alone.
     with suppress(DataError):
         held_out = _encode(config, tokenizer, context, "eval", config.eval_rows)[0].examples

@@ -1,6 +1,6 @@
 """What a stage works with beside its configuration: device, inputs, folders, figures, the stop signal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from alignpipe.artifact import remove_tree
 from alignpipe.config import SHARDED, DataConfig
 from alignpipe.data.mixture import Portion, read_portion
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text, Unpaired
-from alignpipe.data.sources import DataSource, RecordSet, read_parts, readable_types, write_rejected
+from alignpipe.data.sources import DataSource, Keep, RecordSet, read_parts, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters
@@ -184,7 +184,7 @@ class Context:
 
     def records(
         self, role: str, config: DataConfig, want: type[AnyRecord], share: str | None = None
-    ) -> list[AnyRecord]:
+    ) -> Sequence[AnyRecord]:
         """The records of a data set that this stage may see.
 
         Args:
@@ -193,14 +193,14 @@ class Context:
             want: type of record.
             share: another share than the stage's own, such as `eval` for held-out rows.
         """
-        return cast(list[AnyRecord], self.portion(role, config, want, share).records)
+        return cast(Sequence[AnyRecord], self.portion(role, config, want, share).records)
 
     def portion(self, role: str, config: DataConfig, want: type[Record], share: str | None = None) -> Portion:
         """The same records, each with its place and source."""
         data = self.task.data[role]
         source = DataSource(data.kind, data.path, config)
         if (role, want) not in self._read:
-            self._read[role, want] = read_parts(source, RECORD_TYPE[want])
+            self._read[role, want] = read_parts(source, RECORD_TYPE[want], Keep(self.task.rows, data.key))
         found = self._read[role, want]
         rejected = [row for one in found for row in one.rejected]
         if rejected and processes.is_main():

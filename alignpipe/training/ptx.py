@@ -34,7 +34,7 @@ class PtxLoss:
         pad_id: fills batches.
     """
 
-    rows: list[Example]
+    rows: Sequence[Example]
     policy: PreTrainedModel
     config: PPOConfig
     context: Context
@@ -66,7 +66,7 @@ class PtxLoss:
         return StepOutput(losses=sft_loss(batch_logprobs(self.policy, batch), batch.loss_mask[:, 1:]))
 
 
-def _encode(tokenizer: Tokenizer, config: PPOConfig, context: Context) -> list[Example]:
+def _encode(tokenizer: Tokenizer, config: PPOConfig, context: Context) -> Sequence[Example]:
     """Demonstrations, or texts where there are none, no longer than a prompt with a response."""
     data, limit = config.ptx_data, config.max_prompt_length + config.max_response_length
     if data.format == "text" or "demonstrations" not in context.record_types(ROLE, data):
