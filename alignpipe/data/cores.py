@@ -1,9 +1,12 @@
 """Work on all cores: items -> results in the order of the items, a few of them ahead of whoever asks."""
 
+import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -68,13 +71,18 @@ def _send(
     work: Callable[[Item], Result], items: Sequence[Item], readers: Sequence[Connection], writer: Connection
 ) -> None:
     """Works on items in a process of its own; an error is the last thing that is sent."""
+    # Ctrl-C reaches every process; the one that asks decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What was there before the fork is shared until it is touched, which collecting garbage does.
+    gc.freeze()
     for reader in readers:
         reader.close()
-    for item in items:
-        try:
-            found: Result | Exception = work(item)
-        except Exception as error:
-            found = error
-        writer.send(found)
-        if isinstance(found, Exception):
-            return
+    with suppress(BrokenPipeError):
+        for item in items:
+            try:
+                writer.send(work(item))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                writer.send(error)
+                return

@@ -45,8 +45,10 @@ def text_of(value: Any, name: str, *, blank: bool = False) -> str:
         raise RowFault(f"{name} is {_kind(value)}, expected text")
     if "\0" in value:
         raise RowFault(f"{name} holds a NUL character")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowFault(f"{name} holds a lone surrogate, half a character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowFault(f"{name} holds a lone surrogate, half a character") from None
     if not blank and not value.strip():
         raise RowFault(f"{name} is empty")
     return value

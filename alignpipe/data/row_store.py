@@ -50,7 +50,9 @@ def entry(root: Path | None, key: str, build: Callable[[Path], None]) -> Iterato
                 _build(folder, key, build)
             yield folder
     except OSError as error:
-        raise MachineError(f"{folder}: cannot be written ({error.strerror}); free some space") from error
+        raise MachineError(
+            f"{folder}: cannot be written ({error.strerror}); free some space or choose another output_dir"
+        ) from error
 
 
 def _is_sound(folder: Path) -> bool:

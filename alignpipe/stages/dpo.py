@@ -123,7 +123,8 @@ def _rows(
     Lost are those too long, and those whose sides are equal once they are cut.
     """
     found, asked = _encode(config, tokenizer, context, "eval" if part == "eval" else None, limit)
-    encoded = found.examples
+    # Examples are told apart by identity below, so each is read once.
+    encoded = list(found.examples)
     if config.loss in UNPAIRED:
         rows = mismatch(label(encoded, config.pairs), config.seed, config.max_length)
     else:
