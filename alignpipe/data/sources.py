@@ -62,7 +62,7 @@ INDEX_VERSION = 1
 # Bytes that one process reads at a time.
 STRETCH = 1 << 23
 # Files of fewer bytes are read again sooner than an index of them is kept.
-MIN_KEPT = 1 << 24
+MIN_KEPT = 1 << 20
 
 
 @dataclass(frozen=True)
