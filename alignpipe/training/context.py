@@ -200,7 +200,8 @@ class Context:
         data = self.task.data[role]
         source = DataSource(data.kind, data.path, config)
         if (role, want) not in self._read:
-            self._read[role, want] = read_parts(source, RECORD_TYPE[want], Keep(self.task.rows, data.key))
+            keep = Keep(self.task.rows, data.key) if data.key else None
+            self._read[role, want] = read_parts(source, RECORD_TYPE[want], keep)
         found = self._read[role, want]
         rejected = [row for one in found for row in one.rejected]
         if rejected and processes.is_main():
