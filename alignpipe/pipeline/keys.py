@@ -58,6 +58,8 @@ def _inputs(
     for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
     _reduce_monitor(settings, node)
+    if settings.get("rollout") == {"engine": "local"}:
+        settings.pop("rollout")
     reward = settings.pop("reward", None)
     if node.rewarded:
         settings["reward"] = _reward_inputs(reward, node)
