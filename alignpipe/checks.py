@@ -102,6 +102,15 @@ def _engine_relations(config: Config, _at: str) -> Iterator[str]:
     yield from dict.fromkeys(served)
 
 
+def _compile_relations(config: Config, _at: str) -> Iterator[str]:
+    if not config.model.compile:
+        return
+    if config.adapter.kind != "none":
+        yield f"model.compile: not with adapter={config.adapter.kind}, whose roles share their blocks; leave one out"
+    if config.launch.strategy in SHARDED:
+        yield f"model.compile: not with launch={config.launch.strategy}, whose blocks gather weights; leave one out"
+
+
 def _trained_while_sampled(engine: str, stages: dict[str, StageConfig]) -> Iterator[str]:
     asking = [f"{at}.rollout.engine={engine}" for at, stage in stages.items() if _can_be_served(stage)]
     for at in (at for at, stage in stages.items() if isinstance(stage, PPOConfig)):
@@ -323,6 +332,7 @@ def _nearest_multiples(value: int, step: int) -> str:
 # Every section of a type is held against its function.
 RELATIONS: tuple[tuple[type, Callable[[Any, str], Iterator[str]]], ...] = (
     (Config, _engine_relations),
+    (Config, _compile_relations),
     (SharesConfig, _shares_relations),
     (GuidelineConfig, _guideline_relations),
     (DataConfig, _mixture_relations),

@@ -232,6 +232,8 @@ class ModelConfig:
     chat_template: str = plain()
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2", in_key=False)
+    compile: bool = plain(in_key=False)
+    kernels: str = choice("none", "liger", in_key=False)
     max_length: int = number(minimum=8)
     max_prompt_length: int = number(minimum=1)
     max_response_length: int = number(minimum=1)

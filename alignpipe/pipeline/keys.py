@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.artifact import Manifest, read_manifest
-from alignpipe.config import TINY, TOY, Config, semantic
+from alignpipe.config import TINY, TOY, Config, OptimizerConfig, semantic
 from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
@@ -74,8 +74,16 @@ def _inputs(
         **({"functions": functions} if functions else {}),
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
+        **_rounding(config, node),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
+
+
+def _rounding(config: Config, node: Node) -> dict[str, Any]:
+    """What computes the same in another order of sums; nothing where it is left out."""
+    compiled = config.model.compile and isinstance(node.config, OptimizerConfig)
+    kernels = config.model.kernels
+    return {**({"compile": True} if compiled else {}), **({"kernels": kernels} if kernels != "none" else {})}
 
 
 def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:

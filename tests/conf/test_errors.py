@@ -123,6 +123,9 @@ def _line(words: list[str]) -> str:
                 "http://host/v1?key\\=a",
             )
         ),
+        (["model.compile=true", "adapter=lora"], "model.compile: not with adapter=lora"),
+        (["model.compile=true", "launch=fsdp2"], "model.compile: not with launch=fsdp2"),
+        (["model.kernels=ligr"], "Did you mean liger?"),
         (["seed=1,2"], "sweep over them with -m"),
         (["-m", "seed=1,2"], "-m makes several runs"),
         (["~stages.ppo.kl_coef"], "keys cannot be taken out"),
