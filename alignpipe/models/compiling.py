@@ -1,4 +1,4 @@
-"""torch.compile for training: each block of a model on its own, whatever the lengths of its rows.
+"""torch.compile for training: each block of a model but the last on its own, whatever the lengths of its rows.
 
 Attention over rows without padding differs in its cuts at every step, so it stays outside what is compiled. The rest
 of a block depends on one size alone, the tokens of the row, which is dynamic. Blocks of one shape share their code.
@@ -32,7 +32,8 @@ def compile_training(model: PreTrainedModel) -> PreTrainedModel:
     for name in PACKED.values():
         attend = torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name])  # type: ignore[no-untyped-call]
         AttentionInterface.register(name, attend)
-    for block in blocks(model):
+    # The last block's feed-forward has a hook of its own at every step (last_block.py), which dynamo does not watch.
+    for block in blocks(model)[:-1]:
         # Not nn.Module.compile: that compiles the forwards of sampling as well.
         block.forward = _in_training(block)
     return model
