@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from alignpipe.config import (
     PREFERENCE_LOSSES,
@@ -17,6 +18,7 @@ from alignpipe.config import (
     DataConfig,
     DPOConfig,
     EvalConfig,
+    FixedPolicyConfig,
     GuidelineConfig,
     LaunchConfig,
     MonitorConfig,
@@ -27,6 +29,7 @@ from alignpipe.config import (
     SelectionConfig,
     SFTConfig,
     SharesConfig,
+    StageConfig,
     has_reward,
     reward_weights,
 )
@@ -82,6 +85,76 @@ def _relations(config: Any, path: str) -> Iterator[str]:
     for kind, relations in RELATIONS:
         if isinstance(config, kind):
             yield from relations(config, f"{path}." if path else "")
+
+
+def _engine_relations(config: Config, _at: str) -> Iterator[str]:
+    stages = {f"stages.{name}": stage for name, stage in config.stages.items()}
+    if config.stage is not None:
+        stages["stage"] = config.stage
+    if config.rollout.engine != "local":
+        yield from _trained_while_sampled(config.rollout.engine, stages)
+    served = [
+        line
+        for at, stage in stages.items()
+        if isinstance(stage, FixedPolicyConfig) and stage.rollout.engine != "local"
+        for line in _served(stage, at)
+    ]
+    yield from dict.fromkeys(served)
+
+
+def _compile_relations(config: Config, _at: str) -> Iterator[str]:
+    if not config.model.compile:
+        return
+    if config.adapter.kind != "none":
+        yield f"model.compile: not with adapter={config.adapter.kind}, whose roles share their blocks; leave one out"
+    if config.launch.strategy in SHARDED:
+        yield f"model.compile: not with launch={config.launch.strategy}, whose blocks gather weights; leave one out"
+
+
+def _trained_while_sampled(engine: str, stages: dict[str, StageConfig]) -> Iterator[str]:
+    asking = [f"{at}.rollout.engine={engine}" for at, stage in stages.items() if _can_be_served(stage)]
+    for at in (at for at, stage in stages.items() if isinstance(stage, PPOConfig)):
+        other = f" and say {' '.join(asking)}" if asking else ""
+        yield (
+            f"rollout.engine: {engine} answers with weights that stand still, and {at} trains its policy after every "
+            f"rollout; leave rollout.engine=local{other}"
+        )
+
+
+def _can_be_served(stage: StageConfig) -> bool:
+    return isinstance(stage, FixedPolicyConfig) and not (
+        isinstance(stage, EvalConfig) and len(_contestants(stage)) > 1
+    )
+
+
+def _contestants(stage: EvalConfig) -> set[str]:
+    return {*stage.policies, *([stage.win_rate_against] if stage.win_rate_against is not None else [])}
+
+
+def _served(stage: FixedPolicyConfig, at: str) -> Iterator[str]:
+    url = stage.rollout.url
+    if url is None:
+        yield "rollout.url: rollout.engine=openai asks a server; say where it is: rollout.url=http://HOST:PORT/v1"
+    elif not _is_plain_url(url):
+        yield (
+            "rollout.url: must be http://HOST:PORT/v1 or https://..., with no user, password, ? or # in it; "
+            "a key goes into the environment as ALIGNPIPE_ROLLOUT_API_KEY"
+        )
+    if isinstance(stage, EvalConfig) and not _can_be_served(stage):
+        names = ", ".join(sorted(_contestants(stage)))
+        yield (
+            f"{at}.rollout.engine: a server answers for one policy, {at} asks {names}; set {at}.rollout.engine=local, "
+            f"or name one policy in {at}.policies"
+        )
+
+
+def _is_plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return has_host and parts.scheme in ("http", "https") and not set("@?#") & set(url)
 
 
 def _shares_relations(config: SharesConfig, at: str) -> Iterator[str]:
@@ -258,6 +331,8 @@ def _nearest_multiples(value: int, step: int) -> str:
 
 # Every section of a type is held against its function.
 RELATIONS: tuple[tuple[type, Callable[[Any, str], Iterator[str]]], ...] = (
+    (Config, _engine_relations),
+    (Config, _compile_relations),
     (SharesConfig, _shares_relations),
     (GuidelineConfig, _guideline_relations),
     (DataConfig, _mixture_relations),

@@ -232,6 +232,8 @@ class ModelConfig:
     chat_template: str = plain()
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2", in_key=False)
+    compile: bool = plain(in_key=False)
+    kernels: str = choice("none", "liger", in_key=False)
     max_length: int = number(minimum=8)
     max_prompt_length: int = number(minimum=1)
     max_response_length: int = number(minimum=1)
@@ -241,7 +243,18 @@ class ModelConfig:
 
 
 @dataclass
-class RolloutConfig:
+class EngineConfig:
+    """What samples the responses of a policy that stands still: the stage itself, or a server of the user's."""
+
+    engine: str = choice("local", "openai")
+    url: str | None = plain(in_key=False)
+    served_model: str | None = plain(in_key=False)
+    # Seconds.
+    timeout: float = number(above=0, in_key=False)
+
+
+@dataclass
+class RolloutConfig(EngineConfig):
     """How responses are sampled."""
 
     temperature: float = number(above=0)
@@ -412,6 +425,18 @@ class SamplingConfig(StageConfig):
     generation_batch_size: int = number(minimum=1, in_key=False)
 
 
+def _root_engine() -> Any:
+    """The engine of one stage: the root's, but for what the stage says."""
+    return inherited(EngineConfig, "rollout")
+
+
+@dataclass
+class FixedPolicyConfig(SamplingConfig):
+    """A stage that samples from policies whose weights stay as they are until all is sampled."""
+
+    rollout: EngineConfig = field(default_factory=_root_engine)
+
+
 @dataclass
 class OptimizerConfig(StageConfig):
     """AdamW (arXiv:1711.05101) with warm-up, and how often a stage looks up from training."""
@@ -526,7 +551,7 @@ class DPOConfig(TrainingConfig, SamplingConfig):
 
 
 @dataclass
-class RSConfig(TrainingConfig, SamplingConfig):
+class RSConfig(TrainingConfig, FixedPolicyConfig):
     """Rejection sampling: sample, keep the best, fine-tune on it."""
 
     policy: str = plain(in_key=False)
@@ -600,7 +625,7 @@ class PPOConfig(OptimizerConfig, SamplingConfig):
 
 
 @dataclass
-class CollectConfig(SamplingConfig):
+class CollectConfig(FixedPolicyConfig):
     """Sample several responses a prompt and have them ranked."""
 
     policy: str = plain(in_key=False)
@@ -619,7 +644,7 @@ class PrejudiceConfig:
 
 
 @dataclass
-class EvalConfig(SamplingConfig):
+class EvalConfig(FixedPolicyConfig):
     """Score several policies on the same held-out prompts."""
 
     policies: list[str] = plain(in_key=False)

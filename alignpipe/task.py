@@ -90,6 +90,8 @@ class Task:
         architecture: of the model that `tiny` names.
         attn_implementation: as transformers takes it.
         launch: devices, precision, processes.
+        compile: whether forwards of training are compiled.
+        kernels: of the blocks, `none` or `liger`.
         adapter: whether adapters are trained in place of whole weights.
         trackers: names of accelerate trackers.
         run: name of the run, for trackers.
@@ -109,6 +111,8 @@ class Task:
     attn_implementation: str
     launch: LaunchConfig
     adapter: AdapterConfig
+    compile: bool = False
+    kernels: str = "none"
     functions: dict[str, FunctionInput] = field(default_factory=dict)
     trackers: list[str] = field(default_factory=list)
     run: str = ""

@@ -177,8 +177,21 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the ids of a raw text, after BOS if there is one; special tokens in it are read as text."""
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        ids = self.encode_continuation(text)
         return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Returns the ids of a text that goes on from another; special tokens in it are read as text."""
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def readable(self, ids: Sequence[int]) -> str | None:
+        """Returns the text that transformers' tokenizer of the same files reads as these ids; None if there is none."""
+        whole = self._backend.decode(list(ids), skip_special_tokens=False)
+        for text in (whole, whole.removeprefix(self._files.bos or "")):
+            if self._backend.encode(text).ids == list(ids):
+                return str(text)
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, without special tokens."""

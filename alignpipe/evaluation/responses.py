@@ -11,10 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from alignpipe import processes
-from alignpipe.config import SamplingConfig
+from alignpipe.config import FixedPolicyConfig, SamplingConfig
 from alignpipe.data.encoding import Example
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.rollout.generate import sample
+from alignpipe.rollout.generate import Sample, sample
+from alignpipe.rollout.served import Answer, ServedPolicy, find_served
 from alignpipe.training.context import Context
 
 PROMPTS_PER_RECORD = 256
@@ -58,7 +59,7 @@ def respond(
         tokenizer: of the policy.
         prompts: token ids, with the generation prompt.
         num_samples: a prompt.
-        config: temperature, lengths, batch.
+        config: temperature, lengths, batch, and what samples.
         context: journal, progress, stop signal.
         name: of the journal.
 
@@ -67,22 +68,27 @@ def respond(
 
     Raises:
         Stopped: a signal came; finished prompts are kept.
+        MachineError: a server that is to sample is away, or serves another model.
     """
     journal = context.journal(name)
     found = [_unpack(record) for record in processes.from_main(journal.read)]
-    alone = processes.count() == 1
+    # Several processes must stop at the same point: between records.
+    check = context.stop.check if processes.count() == 1 else None
 
     def draw(first: int, places: list[int]) -> list[list[Response]]:
         indices = [first + place for place in places]
-        # Several processes must stop at the same point: between records.
-        check = context.stop.check if alone else None
-        with context.autocast():
-            drawn = sample(
-                policy, tokenizer, prompts, indices, config, num_samples=num_samples, on_batch=check
-            )
+        drawn: Sequence[Sequence[Sample | Answer]]
+        if served is not None:
+            drawn = served.sample(prompts, indices, num_samples, check)
+        else:
+            with context.autocast():
+                drawn = sample(
+                    policy, tokenizer, prompts, indices, config, num_samples=num_samples, on_batch=check
+                )
         return [[Response(s.ids, tokenizer.decode(s.ids), s.finished) for s in row] for row in drawn]
 
     context.progress.begin(f"sampling {name}", len(prompts), len(found))
+    served = _served(policy, tokenizer, prompts, config, context) if len(found) < len(prompts) else None
     while len(found) < len(prompts):
         context.check_stop()
         first = len(found)
@@ -92,6 +98,19 @@ def respond(
         processes.from_main(partial(journal.append, records))
         context.progress.update(len(found))
     return found
+
+
+def _served(
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    context: Context,
+) -> ServedPolicy | None:
+    """The policy at a server; None where the stage samples itself, as each does that trains the policy meanwhile."""
+    if not isinstance(config, FixedPolicyConfig) or config.rollout.engine == "local":
+        return None
+    return find_served(policy, tokenizer, prompts, config, context.autocast)
 
 
 def _unpack(record: dict[str, Any]) -> list[Response]:

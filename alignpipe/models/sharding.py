@@ -39,7 +39,7 @@ def shard(model: PreTrainedModel, launch: LaunchConfig, device: torch.device) ->
     # Gathered in the format of the products, which halves what travels; slices stay float32, and so do sums.
     half = HALF.get(launch.precision)
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=None if half is None else torch.float32)
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(root, mesh=mesh, mp_policy=policy)
     model.to(device)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def _root(model: nn.Module) -> Any:
     return next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
 
 
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks, by the class names that transformers keeps for sharding."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]

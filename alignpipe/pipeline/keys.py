@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.artifact import Manifest, read_manifest
-from alignpipe.config import TINY, TOY, Config, semantic
+from alignpipe.config import TINY, TOY, Config, OptimizerConfig, semantic
 from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError
@@ -58,6 +58,8 @@ def _inputs(
     for role in (*SECOND_DATA.values(), TEXT_DATA):
         settings.pop(role, None)
     _reduce_monitor(settings, node)
+    if settings.get("rollout") == {"engine": "local"}:
+        settings.pop("rollout")
     reward = settings.pop("reward", None)
     if node.rewarded:
         settings["reward"] = _reward_inputs(reward, node)
@@ -72,6 +74,7 @@ def _inputs(
         **({"functions": functions} if functions else {}),
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
+        **_rounding(config, node),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
 
@@ -80,6 +83,13 @@ def content_of(node: Node, role: str) -> str:
     """Hash of what a data set of a stage holds; the key of the stage that makes it."""
     data: Any = node.inputs["data"]
     return str(data[role]["content"])
+
+
+def _rounding(config: Config, node: Node) -> dict[str, Any]:
+    """What computes the same in another order of sums; nothing where it is left out."""
+    compiled = config.model.compile and isinstance(node.config, OptimizerConfig)
+    kernels = config.model.kernels
+    return {**({"compile": True} if compiled else {}), **({"kernels": kernels} if kernels != "none" else {})}
 
 
 def _reward_inputs(reward: dict[str, Any], node: Node) -> dict[str, Any]:

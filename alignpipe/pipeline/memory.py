@@ -26,10 +26,10 @@ from alignpipe.config import (
     OptimizerConfig,
     SamplingConfig,
 )
+from alignpipe.data.grouping import PREFILL_TOKENS, group_size
 from alignpipe.data.packing import MIN_SHARED
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.heaviest import Length, heaviest
-from alignpipe.rollout.grouping import PREFILL_TOKENS, group_size
 
 WIDE = 4
 ADAMW_MOMENTS = 2

@@ -34,6 +34,8 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
         attn_implementation=config.model.attn_implementation,
         launch=config.launch,
         adapter=stage_adapter(config, node),
+        compile=config.model.compile,
+        kernels=config.model.kernels,
         trackers=list(config.trackers),
         run=plan.run,
         inputs=node.inputs,

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from alignpipe.data.grouping import PREFILL_TOKENS
 from alignpipe.models.attention import PACKED
 from alignpipe.rollout.cache import GROUPED, GroupCache, States
-from alignpipe.rollout.grouping import PREFILL_TOKENS
 
 
 class Decoder(Protocol):

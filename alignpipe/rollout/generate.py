@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignpipe.config import SamplingConfig
+from alignpipe.data.grouping import group_size
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError
 from alignpipe.models.loading import evaluating, max_positions
 from alignpipe.models.sharding import in_step, is_sharded
 from alignpipe.rollout.decoder import Decoder, decoding
-from alignpipe.rollout.grouping import group_size
 from alignpipe.rollout.sampling import pick, uniforms
 
 # Tokens from one look at which responses have ended to the next; on an accelerator a look waits for its work.

@@ -23,6 +23,8 @@ from alignpipe.data.sources import DataSource, Keep, RecordSet, read_parts, read
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters
+from alignpipe.models.compiling import compile_training
+from alignpipe.models.kernels import use_liger
 from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
@@ -167,6 +169,10 @@ class Context:
             # Older releases of transformers know it by its first name alone.
             older = model.gradient_checkpointing_enable
             getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+        if self.task.kernels == "liger":
+            use_liger(model, self.device)
+        if self.task.compile and any(parameter.requires_grad for parameter in model.parameters()):
+            compile_training(model)
         return shard(model, launch, self.device) if launch.strategy in SHARDED else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:

@@ -98,6 +98,34 @@ def _line(words: list[str]) -> str:
         (["stage=rs"], "stage.reward_model: is not set; name a reward model: stage.reward_model=latest/rm"),
         (["stage=sft", "data=file"], "data.path: is empty"),
         (["stage=sft", "model=pretrained"], "model.path: is empty"),
+        (
+            ["rollout.engine=openai", "rollout.url=http://host:8000/v1"],
+            "rollout.engine: openai answers with weights that stand still, and stages.ppo trains its policy after "
+            "every rollout; leave rollout.engine=local and say stages.collect.rollout.engine=openai "
+            "stages.rs.rollout.engine=openai",
+        ),
+        (["stages.rs.rollout.engine=openai"], "say where it is: rollout.url=http://HOST:PORT/v1"),
+        (
+            ["stages.eval.rollout.engine=openai", "rollout.url=http://host:8000/v1"],
+            "stages.eval.rollout.engine: a server answers for one policy, stages.eval asks base, ppo, rs, sft",
+        ),
+        (["stages.ppo.rollout.engine=openai"], "there is no key 'stages.ppo.rollout"),
+        *(
+            (
+                ["stage=collect", "rollout.engine=openai", f"rollout.url={url}"],
+                "rollout.url: must be http://HOST",
+            )
+            for url in (
+                "host:8000",
+                "ftp://host/v1",
+                "http://joe@host/v1",
+                "http://",
+                "http://host/v1?key\\=a",
+            )
+        ),
+        (["model.compile=true", "adapter=lora"], "model.compile: not with adapter=lora"),
+        (["model.compile=true", "launch=fsdp2"], "model.compile: not with launch=fsdp2"),
+        (["model.kernels=ligr"], "Did you mean liger?"),
         (["seed=1,2"], "sweep over them with -m"),
         (["-m", "seed=1,2"], "-m makes several runs"),
         (["~stages.ppo.kl_coef"], "keys cannot be taken out"),

@@ -100,6 +100,7 @@ def test_stage_file_sets_every_key_of_its_schema_but_data(kind: str) -> None:
         "text_data",
         "ptx_data",
         "reward",
+        "rollout",
     }
     assert keys == known
 

@@ -45,6 +45,8 @@ def _changed(outputs: Path, *words: str) -> set[str]:
         ("data.world.mix.fact=9", ALL),
         ("data.shares={sft:0.4,preference:0.27,rl:0.18,eval:0.15}", ALL),
         ("launch.precision=bf16", ALL),
+        ("model.compile=true", ALL),
+        ("model.kernels=liger", ALL),
         ("model.architecture.num_layers=3", ALL),
         ("model.training.sft.learning_rate=0.1", ALL),
         ("data.labelers.bias.length=0.5", ALL - {"sft"}),
@@ -76,6 +78,9 @@ def test_what_cannot_change_a_result_is_in_no_key(tmp_path: Path) -> None:
         "trackers=[]",
         "run.name=mine",
         "model.attn_implementation=eager",
+        "rollout.url=http://node0:8000/v1",
+        "rollout.served_model=policy",
+        "rollout.timeout=3",
     ]
     assert _changed(tmp_path, *words) == set()
 
