@@ -29,6 +29,7 @@ from alignpipe.models.loading import ModelSource, freeze, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
 from alignpipe.models.sharding import HALF, shard
+from alignpipe.models.threads import fit_threads
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
 from alignpipe.training.checkpoint import load_newest_state, save_state
@@ -165,6 +166,8 @@ class Context:
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         launch = self.task.launch
+        if self.device.type == "cpu":
+            fit_threads(model)
         if launch.gradient_checkpointing:
             # Older releases of transformers know it by its first name alone.
             older = model.gradient_checkpointing_enable
