@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignpipe.models.loading import evaluating
+from alignpipe.models.sharding import is_sharded
 
 # What the feed-forward of a block is called by transformers.
 FEED_FORWARD = "mlp"
@@ -24,9 +25,11 @@ _OWN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 def last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
     """The feed-forward of the last block, where nothing but the state of its own token depends on it.
 
-    Tried once a model, on three tokens. None as well where the block is computed again in the backward pass: hooks are
-    gone by then.
+    Tried once a model, on three tokens. None as well where the block is computed again in the backward pass, as hooks
+    are gone by then, and where weights are cut over processes, which need not come to the trial at the same time.
     """
+    if is_sharded(model):
+        return None
     stacks = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
     block = stacks[-1][-1] if stacks else None
     found = getattr(block, FEED_FORWARD, None)

@@ -377,7 +377,7 @@ def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> f
 
 def _unread(role: Role, batch: Batch, setting: Setting) -> float:
     """Bytes that the last feed-forward does not keep, of tokens that are not read (models/last_block.py)."""
-    if role.whole_logits(setting):
+    if setting.cut or role.whole_logits(setting):
         return 0.0
     unread = batch.tokens - min(batch.tokens, batch.rows * batch.learnt)
     return unread * role.shape.kept_inside * setting.width

@@ -68,6 +68,13 @@ def test_a_feed_forward_that_looks_around_is_left_alone(make_llama):
     assert last_block.last_feed_forward(model) is None
 
 
+def test_weights_over_several_processes_are_not_tried(make_llama, monkeypatch):
+    model = make_llama()
+    assert last_block.last_feed_forward(model) is model.model.layers[-1].mlp
+    monkeypatch.setattr(last_block, "is_sharded", lambda _: True)
+    assert last_block.last_feed_forward(model) is None
+
+
 def test_what_is_computed_again_keeps_its_shape(make_llama):
     model = allow_packing(make_llama())
     expected = batch_logprobs(model, collate(ROWS, 0))
