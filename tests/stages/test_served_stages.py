@@ -83,8 +83,9 @@ def test_a_server_that_goes_away_is_told_and_the_same_command_goes_on(
         policy.left = 10**9
         server.bodies.clear()
         run = copied.run(*words)
-        again = len([body for body in server.bodies if body["temperature"]])
-    assert again == 2 * 32
+        again = {body["seed"] for body in server.bodies if body["temperature"]}
+    # By seed: what the first run gave up may reach the server only now.
+    assert len(again) == 2 * 32
     manifest, ours = _manifest(run, "collect"), _manifest(copied.run(*ORDER), "collect")
     assert manifest["metrics"]["responses"] > 64
     # The engine is in the key, where it stands is not; of a key nothing is written at all.
