@@ -1,4 +1,4 @@
-"""The `alignpipe` command: run, plan, status, ls, config, data.
+"""The `alignpipe` command: run, plan, status, ls, verify, clean, doctor, config, data.
 
 Each command imports what it needs inside itself, so that none but a stage that really runs waits for torch.
 Words -> exit code, one line on standard error when it is not 0.
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from alignpipe import __version__
-from alignpipe.errors import AlignpipeError, ConfigError, did_you_mean
+from alignpipe.errors import AlignpipeError, ConfigError, MachineError, did_you_mean
 
 WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
 RunName = Annotated[str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")]
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _check_command(argv: list[str]) -> None:
-    commands = ["run", "plan", "status", "ls", "config", "data"]
+    commands = ["run", "plan", "status", "ls", "verify", "clean", "doctor", "config", "data"]
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         hint = "Did you mean alignpipe run?" if "=" in argv[0] else did_you_mean(argv[0], commands)
         raise ConfigError(f"there is no command {argv[0]!r}. {hint}")
@@ -117,9 +117,7 @@ def plan(context: typer.Context) -> None:
 
 @app.command()
 def status(
-    run: Annotated[
-        str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")
-    ] = None,
+    run: RunName = None,
     as_json: AsJson = False,
     output_dir: OutputDir = Path("outputs"),
 ) -> None:
@@ -143,6 +141,50 @@ def list_all(as_json: AsJson = False, output_dir: OutputDir = Path("outputs")) -
         _print_json(runs)
     else:
         print_runs(runs, _console())
+
+
+@app.command()
+def verify(
+    run: RunName = None,
+    stage: Annotated[str | None, typer.Option(help="Do this stage again, alone.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to do again, from the first.")] = 10,
+    output_dir: OutputDir = Path("outputs"),
+) -> None:
+    """Do the beginning of a run's finished stages again and compare: the same bits, or the same figures to 1e-5."""
+    from alignpipe.replay import check_promise, print_replays, replay
+
+    found = replay(output_dir, run, stage, steps, _error_console())
+    print_replays(found, _console())
+    check_promise(found)
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this nothing is removed.")] = False,
+    as_json: AsJson = False,
+    output_dir: OutputDir = Path("outputs"),
+) -> None:
+    """Say what no run points to any more; with --yes, remove it."""
+    from alignpipe.pipeline import clean as cleaning
+
+    found = cleaning.leftovers(output_dir)
+    if yes:
+        cleaning.clean(found)
+    if as_json:
+        _print_json(cleaning.as_json(found))
+    else:
+        cleaning.print_leftovers(found, _console(), removed=yes)
+
+
+@app.command()
+def doctor(output_dir: OutputDir = Path("outputs")) -> None:
+    """Look at what this machine gives a run: versions, devices, processes, disk, locks, the hub."""
+    from alignpipe.doctor import examine, print_findings
+
+    found = examine(output_dir)
+    print_findings(found, _console())
+    if bad := [finding.name for finding in found if finding.state == "bad"]:
+        raise MachineError(f"{', '.join(bad)}: a run cannot rely on this machine; see the mends above")
 
 
 @config_app.command("show", context_settings=WORDS)

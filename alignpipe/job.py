@@ -42,7 +42,7 @@ def prepare_job(composed: Composed, number: int, folder: Path) -> JobResult:
     words = [word for word in composed.overrides if not word.startswith(("~", "hydra"))]
     result = JobResult(number, words)
     write_result(folder, result)
-    write_text(folder / f"{JOB}.yaml", rerun_yaml(composed))
+    write_text(folder / f"{JOB}.yaml", rerun_yaml(composed.yaml))
     return result
 
 

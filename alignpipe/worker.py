@@ -88,13 +88,17 @@ def _publish(task: Task, result: Path, parents: dict[str, Parent], figures: dict
     for name in (METRICS, SAMPLES, REJECTED):
         if (task.work / name).is_file():
             (task.work / name).replace(result / name)
-    versions = installed_versions() | {
-        "threads": str(torch.get_num_threads()),
-        "processes": str(processes.count()),
-    }
-    manifest = seal(result, Manifest(task.kind, task.key, parents, task.inputs, figures, versions=versions))
+    manifest = seal(
+        result, Manifest(task.kind, task.key, parents, task.inputs, figures, versions=made_with())
+    )
     publish(result, task.target)
     return manifest
+
+
+def made_with() -> dict[str, str]:
+    """What decides the last bits of what is computed here."""
+    counted = {"threads": torch.get_num_threads(), "processes": processes.count()}
+    return installed_versions() | {name: str(count) for name, count in counted.items()}
 
 
 def _verified_parents(task: Task) -> dict[str, Parent]:

@@ -32,8 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"data", "worker"} | BASE,
     "sweep": BASE,
     "job": {"compose", "pipeline", "sweep"} | BASE,
+    "replay": {"compose", "pipeline", "training", "worker"} | BASE,
+    "doctor": {"pipeline"} | BASE,
     "hydra_front": {"compose", "job", "sweep"} | BASE,
-    "cli": {"compose", "hydra_front", "pipeline", "data"} | BASE,
+    "cli": {"compose", "doctor", "hydra_front", "pipeline", "data", "replay"} | BASE,
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -107,7 +107,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
     trained = [row for row in rows if row.steps is not None and row.state != "reuse"]
     needed = sum(row.disk for row in rows if row.state != "reuse")
     needed += STATE_COPIES * max((row.disk for row in trained), default=0)
-    free = shutil.disk_usage(_existing(store.root)).free
+    free = shutil.disk_usage(existing(store.root)).free
     if needed > free and not bare:
         raise MachineError(
             f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free; "
@@ -226,7 +226,8 @@ def format_bytes(number: float) -> str:
     return f"{number:.1f} TB"
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """The nearest folder above, or the folder itself, that is there."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent

@@ -28,7 +28,7 @@ def run_status(output_dir: Path, run: str | None = None) -> dict[str, Any]:
         ConfigError: there is no such run.
     """
     store = Store(output_dir)
-    folder = _find(store, run)
+    folder = find_run(store, run)
     record = read_run(folder)
     stages = [_stage(store, stage) for stage in run_stages(folder)]
     return {"run": folder.name, "words": [] if record is None else record["words"], "stages": stages}
@@ -45,7 +45,12 @@ def list_runs(output_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _find(store: Store, run: str | None) -> Path:
+def find_run(store: Store, run: str | None) -> Path:
+    """Folder of a run, by name, unique beginning of one, or None for the newest.
+
+    Raises:
+        ConfigError: there is no such run, or several begin so.
+    """
     latest = store.root / "latest"
     if run in (None, "latest"):
         if not latest.is_file():

@@ -125,16 +125,11 @@ class Store:
 
     def is_locked(self, kind: str, key: str) -> bool:
         """Whether some process makes the stage right now."""
-        path = Path(f"{self.work(kind, key)}.{LOCK}")
-        if not path.exists():
-            return False
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        return _is_held(Path(f"{self.work(kind, key)}.{LOCK}"))
+
+    def is_anything_locked(self) -> bool:
+        """Whether some process makes any stage right now."""
+        return any(_is_held(path) for path in (self.root / "work").glob(f"*.{LOCK}"))
 
     def finish(self, kind: str, key: str) -> None:
         """Drop the working folder of a stage that is done."""
@@ -209,6 +204,18 @@ def run_stages(folder: Path) -> list[dict[str, Any]]:
     """The stages of a run; none where there is no such run."""
     record = read_run(folder)
     return [] if record is None else list(record["stages"])
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _holder(work: Path) -> str:

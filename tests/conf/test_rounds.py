@@ -290,7 +290,7 @@ def test_sweep_over_one_round_makes_a_job_a_value() -> None:
 
 def test_file_of_a_job_with_rounds_composes_to_the_same_and_takes_words(tmp_path: Path) -> None:
     composed = compose([ROUNDS, "pipeline.rounds=2", "stages.rs_2.epochs=3"])
-    (tmp_path / "job.yaml").write_text(rerun_yaml(composed), encoding="utf-8")
+    (tmp_path / "job.yaml").write_text(rerun_yaml(composed.yaml), encoding="utf-8")
     file = ["--config-dir", str(tmp_path), "--config-name", "job"]
     again = compose([*file, "seed=5", "stages.rs_2.min_reward=0", "pipeline.rounds=3"]).config.stages
     assert again["rm_2"].data.path == "collect_2"

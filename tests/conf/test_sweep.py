@@ -153,13 +153,13 @@ def test_search_gets_direction_and_seed_unless_told() -> None:
 )
 def test_file_of_a_job_composes_to_what_it_was_made_from(words: list[str], tmp_path: Path) -> None:
     composed = compose([*words, "seed=3"])
-    (tmp_path / "best.yaml").write_text(rerun_yaml(composed), encoding="utf-8")
+    (tmp_path / "best.yaml").write_text(rerun_yaml(composed.yaml), encoding="utf-8")
     again = ["--config-dir", str(tmp_path), "--config-name", "best"]
     assert compose(again).config == composed.config
 
 
 def test_seed_after_the_file_of_a_job_reaches_every_stage(tmp_path: Path) -> None:
-    (tmp_path / "best.yaml").write_text(rerun_yaml(compose(["pipeline=zephyr_style"])), encoding="utf-8")
+    (tmp_path / "best.yaml").write_text(rerun_yaml(compose(["pipeline=zephyr_style"]).yaml), encoding="utf-8")
     config = compose(["--config-dir", str(tmp_path), "--config-name", "best", "seed=7"]).config
     assert {stage.seed for stage in config.stages.values()} == {7}
 
