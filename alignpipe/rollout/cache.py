@@ -71,21 +71,31 @@ class GroupCache(Cache):
         """Free groups."""
         self.rows[list(groups)] = -1
 
-    def open(self, samples: Sequence[int]) -> Tensor:
-        """Make room for one more token of each sample; its position, (N,) long."""
+    def open(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Make room for one more token of each sample.
+
+        Returns:
+            The samples in the order in which their tokens are to come, as places in what was given, and the position
+            of each of these tokens: both (N,) long.
+        """
         self._close_gaps()
         groups, places = np.divmod(np.asarray(samples), self.size)
+        order = np.argsort(self.rows[groups], kind="stable")
+        groups, places = groups[order], places[order]
         rows, prompts, lengths = self.rows[groups], self.prompts[groups], self.lengths[groups]
         columns = prompts + self.size * lengths + places
         self.lengths[np.unique(groups)] += 1
-        row, place, column, position = (
-            torch.from_numpy(table).to(self.device) for table in (rows, places, columns, prompts + lengths)
+        row, place, column, position, order = (
+            torch.from_numpy(table).to(self.device)
+            for table in (rows, places, columns, prompts + lengths, order)
         )
         self.visible[row, place, column] = True
-        self.target, self.queries = (row, column), row * self.size + place
+        self.target = row, column
+        # Samples that have ended ask nothing.
+        self.queries = None if len(samples) == self._count() * self.size else row * self.size + place
         self.parts = self._parts()
         self.masks: list[Tensor] = []
-        return position
+        return order, position
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -102,14 +112,16 @@ class GroupCache(Cache):
         """Attention of each sample's newest token, (N, heads, 1, d), to its prompt and itself: (N, 1, heads, d)."""
         keys, values = self.keys[layer], self.values[layer]
         count, (_, heads, _, width) = self.parts[-1][0].stop, query.shape
-        # Samples that have ended ask nothing; query heads of one key head stand side by side as samples do.
-        asked = query.new_zeros(count * self.size, heads, width)
-        asked[self.queries] = query.squeeze(2)
+        asked = query.squeeze(2)
+        if self.queries is not None:
+            asked = query.new_zeros(count * self.size, heads, width).index_copy_(0, self.queries, asked)
+        # Query heads of one key head stand side by side as samples do.
         grouped = asked.view(count, self.size, keys.shape[1], -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
         if not self.masks:
             repeats = heads // keys.shape[1]
             self.masks = [
-                self.visible[part, None, :, :end].repeat(1, 1, repeats, 1) for part, end in self.parts
+                _bias(self.visible[part, None, :, :end], query.dtype).repeat(1, 1, repeats, 1)
+                for part, end in self.parts
             ]
         found = torch.cat(
             [
@@ -120,7 +132,11 @@ class GroupCache(Cache):
             ]
         )
         by_sample = found.view(count, keys.shape[1], -1, self.size, values.shape[-1]).permute(0, 3, 1, 2, 4)
-        return by_sample.reshape(count * self.size, 1, heads, -1)[self.queries]
+        answered = by_sample.reshape(count * self.size, 1, heads, -1)
+        return answered if self.queries is None else answered[self.queries]
+
+    def _count(self) -> int:
+        return int(np.count_nonzero(self.rows >= 0))
 
     def _free_rows(self) -> NDArray[np.int64]:
         return np.setdiff1d(np.arange(len(self.rows)), self.rows)
@@ -136,7 +152,7 @@ class GroupCache(Cache):
 
     def _close_gaps(self) -> None:
         """Move groups into free rows before them: what is read ends with the last one."""
-        count = np.count_nonzero(self.rows >= 0)
+        count = self._count()
         behind = np.flatnonzero(self.rows >= count)
         if not len(behind):
             return
@@ -156,6 +172,13 @@ class GroupCache(Cache):
             (slice(start, min(start + step, len(used))), int(ends[start : start + step].max()))
             for start in range(0, len(used), step)
         ]
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a sample looks, -inf elsewhere: made once a step, where a bool mask would be turned into it each call."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf")
+    )
 
 
 def attend(

@@ -118,16 +118,16 @@ class GroupDecoder:
 
     def step(self, tokens: Tensor, samples: Sequence[int]) -> Tensor:
         """Append a token to each sample, (N,) -> logits of the next, (N, V)."""
-        positions = self.cache.open(samples)
+        order, positions = self.cache.open(samples)
         output = self.model(
-            input_ids=tokens[:, None],
+            input_ids=tokens[order, None],
             position_ids=positions[:, None],
             past_key_values=self.cache,
             use_cache=True,
             cache=self.cache,
         )
         logits: Tensor = output.logits[:, -1]
-        return logits
+        return torch.empty_like(logits).index_copy_(0, order, logits)
 
     def _compute(self, first: int) -> None:
         width = max(1, len(self.prompts[first]) - 1)

@@ -43,9 +43,12 @@ class Reference:
 
     def step(self):
         """One token each; what the cache attends to is what each sample alone does."""
-        samples = sorted(self.samples)
+        given = sorted(self.samples)
+        order, positions = self.cache.open(given)
+        samples = [given[place] for place in order.tolist()]
+        assert sorted(samples) == given
         lengths = [self.samples[sample][0][0].shape[1] for sample in samples]
-        assert self.cache.open(samples).tolist() == lengths
+        assert positions.tolist() == lengths
         grown = {sample: [] for sample in samples}
         for layer in range(LAYERS):
             query = torch.randn(len(samples), HEADS, 1, WIDTH)
