@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
+from tests.faults.chain import WORDS, finish
 from tests.faults.table import Faults, added_up, as_text
 
 ALL = "--all-faults"
@@ -21,6 +23,12 @@ def count(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     # The option is unknown where pytest was not told of this folder.
     every: bool = pytestconfig.getoption(ALL, default=False)
     return lambda few, all_of_them: all_of_them if every else few
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was let be."""
+    return finish(tmp_path_factory.mktemp("undisturbed"), *WORDS).folder
 
 
 @pytest.fixture
