@@ -7,7 +7,7 @@ BASE = $(VENV)/.base.stamp
 TOOLS = $(VENV)/.tools.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu lint types format check bench bench-quick clean
+.PHONY: help demo test test-all test-fast test-gpu faults lint types format check bench bench-quick clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test-all: $(TOOLS) ## Run the slow tests too: kills and restarts, real data, a b
 
 test-fast: $(TOOLS) ## Run the tests of what needs no pipeline
 	$(PYTEST) -m "not slow" tests/losses tests/data tests/toy tests/training tests/evaluation
+
+faults: $(TOOLS) ## Kill, damage, fill and attack it, every case, and print what came of it
+	$(PYTEST) tests/faults --all-faults
 
 test-gpu: $(TOOLS) ## Run what needs a GPU, and print its table (docs/launch.md)
 	$(BIN)/python -m benchmarks.gpu

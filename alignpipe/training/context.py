@@ -39,6 +39,8 @@ from alignpipe.training.metrics import MetricLog
 from alignpipe.training.progress import StageProgress
 
 REJECTED = "rejected.jsonl"
+# In a state: how far the files of figures had grown.
+WRITTEN = "written"
 RECORD_TYPE: dict[type[Record], RecordType] = {
     Demonstration: "demonstrations",
     Ranking: "rankings",
@@ -235,7 +237,13 @@ class Context:
     ) -> None:
         """Save a state to go on from."""
         scale = {"loss_scale": [self.loss_scale.value, self.loss_scale.good_steps]}
-        save_state(self.states, step, modules, optimizers, {**scale, **values, "step": step})
+        save_state(
+            self.states,
+            step,
+            modules,
+            optimizers,
+            {**scale, **values, WRITTEN: self.metrics.written(), "step": step},
+        )
 
     def save_checkpoint(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> None:
         """Write the model as the stage's result, and open it once more as any user would.
@@ -270,7 +278,7 @@ class Context:
         values = load_newest_state(self.states, modules, optimizers) or {"step": 0}
         if "loss_scale" in values:
             self.loss_scale = LossScale(*values["loss_scale"])
-        self.metrics.rewind(values["step"])
+        self.metrics.rewind(values.get(WRITTEN, {}))
         return values
 
 

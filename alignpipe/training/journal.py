@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from alignpipe.artifact import sync_folder
+
 
 class Journal:
     """A file of JSON lines that only grows.
@@ -27,13 +29,16 @@ class Journal:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) != len(content):
-            self._path.write_bytes(whole)
+            os.truncate(self._path, len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and wait until the disk has them."""
+        is_new = not self._path.exists()
         with self._path.open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._path.parent)

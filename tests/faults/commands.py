@@ -18,7 +18,13 @@ from typing import Any, Self
 from alignpipe import cli
 
 # Imported once, in the process that all others are forked from.
-PRELOADED = ["alignpipe.worker", "alignpipe.compose.composition", "alignpipe.pipeline.runner", __name__]
+PRELOADED = [
+    "alignpipe.worker",
+    "alignpipe.compose.composition",
+    "alignpipe.pipeline.runner",
+    "tests.faults.warm",
+    __name__,
+]
 PATIENCE = 120.0
 TOLD = "told"
 
