@@ -12,6 +12,7 @@ from alignpipe.artifact import Manifest
 from alignpipe.config import TINY, Config, DPOConfig, SFTConfig
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
+from alignpipe.disk import existing, format_bytes
 from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
@@ -107,7 +108,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
     trained = [row for row in rows if row.steps is not None and row.state != "reuse"]
     needed = sum(row.disk for row in rows if row.state != "reuse")
     needed += STATE_COPIES * max((row.disk for row in trained), default=0)
-    free = shutil.disk_usage(_existing(store.root)).free
+    free = shutil.disk_usage(existing(store.root)).free
     if needed > free and not bare:
         raise MachineError(
             f"{store.root.resolve()}: needs about {format_bytes(needed)}, has {format_bytes(free)} free; "
@@ -215,19 +216,3 @@ def _dpo_warnings(node: Node, config: DPOConfig, graph: Graph) -> list[str]:
             f"{node.name}: loss={config.loss} has no reference, so reference={config.reference} is not opened"
         )
     return found
-
-
-def format_bytes(number: float) -> str:
-    """Such as 12 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
