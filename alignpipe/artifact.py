@@ -115,14 +115,31 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably; one that is there is let be.
+
+    Raises:
+        MachineError: the disk refuses it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise refusal(folder, error) from error
+
+
 def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """Hash and fsync every file below a folder, but for the manifest."""
+    """Hash and fsync every file below a folder, but for the manifest, and fsync the folders they lie in."""
     entries = {}
     for path in _files(folder):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         entries[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, digest)
+    for path in folder.rglob("*/"):
+        sync_folder(path)
     return entries
 
 
@@ -145,7 +162,7 @@ def publish(folder: Path, final: Path) -> None:
     Raises:
         MachineError: the rename is refused.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     try:
         folder.rename(final)
     except OSError as error:

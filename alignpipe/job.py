@@ -51,7 +51,7 @@ def run_here(composed: Composed, folder: Path) -> JobResult:
     result = replace(read_result(folder), state="running")
     write_result(folder, result)
     try:
-        done = run(composed.config, result.words, composed.yaml)
+        done = run(composed.config, result.words, composed.yaml, wait=True)
         result = replace(result, state="done", value=done.value, run=done.name)
     except Stopped as error:
         result = replace(result, state="stopped", error=str(error))

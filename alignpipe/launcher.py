@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,7 @@ from torch.distributed.run import parse_args
 from torch.distributed.run import run as launch
 
 from alignpipe.artifact import write_json
-from alignpipe.task import ERRORS, STUCK, Task, read_task
+from alignpipe.task import ERRORS, LAUNCHER, STUCK, Task, read_task
 
 # Seconds that the other processes get to end by themselves once one has failed.
 GRACE = 5.0
@@ -37,6 +37,7 @@ def main(path: Path, rendezvous_id: str, num_local: int) -> int:
         0 when all of them ended well, else 1; which one died of what is written beside their errors.
     """
     task = read_task(path)
+    os.environ[LAUNCHER] = str(os.getpid())
     # The command says in one line what the launcher would tell in a page.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with _watched(task):
@@ -78,7 +79,8 @@ def _watched(task: Task) -> Iterator[None]:
         failed_at: float | None = None
         while not done.wait(0.2):
             if os.getppid() != command:
-                _kill_workers()
+                # The lock of the stage is this process's too: it is free once nobody writes any more.
+                psutil.wait_procs(_kill_workers(), GRACE)
                 os._exit(1)
             if failed_at is None and errors.is_dir() and any(errors.glob("rank*.json")):
                 failed_at = time.monotonic()
@@ -96,12 +98,12 @@ def _watched(task: Task) -> Iterator[None]:
         thread.join()
 
 
-def _kill_workers() -> None:
-    for worker in psutil.Process().children(recursive=True):
-        try:
+def _kill_workers() -> list[psutil.Process]:
+    workers: list[psutil.Process] = psutil.Process().children(recursive=True)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+    return workers
 
 
 if __name__ == "__main__":

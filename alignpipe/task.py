@@ -17,6 +17,8 @@ from alignpipe.config import KINDS, AdapterConfig, ArchitectureConfig, LaunchCon
 STOP = "stop"
 ERRORS = "errors"
 STUCK = "stuck"
+# Tells a stage's processes which one started them.
+LAUNCHER = "ALIGNPIPE_LAUNCHER"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 task.yaml -> inputs verified -> stage -> result folder sealed, opened once more, renamed into the store
 """
 
+import ctypes
 import os
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -33,7 +36,7 @@ from alignpipe.disk import refusals
 from alignpipe.errors import AlignpipeError, MachineError, ProcessLost
 from alignpipe.signals import StopSignal
 from alignpipe.stages import STAGES
-from alignpipe.task import ERRORS, STOP, Task, read_task
+from alignpipe.task import ERRORS, LAUNCHER, STOP, Task, read_task
 from alignpipe.training.context import REJECTED, Context
 from alignpipe.training.gradients import LossScale
 from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
@@ -42,6 +45,8 @@ from alignpipe.training.progress import StageProgress
 
 # Libraries whose errors mean that the others are out of reach.
 CONTACT = ("gloo", "nccl")
+# Of prctl(2): the signal that a process gets when the one that started it dies.
+PR_SET_PDEATHSIG = 1
 
 
 def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
@@ -71,6 +76,9 @@ def _run(task: Task, console: Console, stop: StopSignal) -> Manifest:
         metrics = MetricLog(task.work, accelerator)
         scale = LossScale.of(task.launch.precision)
         context = Context(task, accelerator, metrics, progress, stop, scale, parents=parents)
+        if not context.states.is_dir():
+            # Whatever was written is written again.
+            metrics.rewind({})
         processes.from_main(lambda: _make_empty(context.result))
         try:
             figures = STAGES[task.kind](scaled(task.config, task.adapter), context)
@@ -94,7 +102,8 @@ def _publish(task: Task, result: Path, parents: dict[str, Parent], figures: dict
     """Seal the result and put it into the store."""
     for name in (METRICS, SAMPLES, REJECTED):
         if (task.work / name).is_file():
-            (task.work / name).replace(result / name)
+            # Copied: whoever makes the stage anew after a crash goes on from the figures so far.
+            shutil.copyfile(task.work / name, result / name)
     versions = installed_versions() | {
         "threads": str(torch.get_num_threads()),
         "processes": str(processes.count()),
@@ -203,7 +212,10 @@ def _write_to_log(path: Path) -> None:
 
 def _die_with_parent() -> None:
     """End at once when the launcher is gone: nobody would stop this process, and it would go on writing."""
-    parent = os.getppid()
+    parent = int(os.environ[LAUNCHER])
+    if sys.platform == "linux":
+        # The kernel does it sooner, whatever this process is at.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         while os.getppid() == parent:

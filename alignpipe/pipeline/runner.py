@@ -3,7 +3,6 @@
 Config -> plan (every check) -> run folder -> each stage in order -> scorecard and table
 """
 
-import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -50,23 +49,25 @@ class Done:
     value: float | None
 
 
-def run(config: Config, words: list[str], yaml: str) -> Done:
+def run(config: Config, words: list[str], yaml: str, *, wait: bool = False) -> Done:
     """Run everything a configuration asks for.
 
     Args:
         config: composed and typed.
         words: what the user typed, recorded.
         yaml: the configuration as text, interpolations unresolved, recorded.
+        wait: while another process has the same run under way, as jobs of a sweep may; else that is an error.
 
     Returns:
         The run's name, and what its objective came to.
 
     Raises:
+        MachineError: another process has the same run under way.
         AlignpipeError: what went wrong, in one line; finished stages are kept.
     """
     check(config)
     with refusals(Path(config.output_dir)):
-        return Runner(config, words, yaml, Console(stderr=True, highlight=False)).run()
+        return Runner(config, words, yaml, Console(stderr=True, highlight=False), wait=wait).run()
 
 
 class Runner:
@@ -77,13 +78,17 @@ class Runner:
         words: that the user typed.
         yaml: of the configuration.
         console: for progress.
+        wait: while another process has the same run under way.
     """
 
-    def __init__(self, config: Config, words: list[str], yaml: str, console: Console) -> None:
+    def __init__(
+        self, config: Config, words: list[str], yaml: str, console: Console, *, wait: bool = False
+    ) -> None:
         self._config = config
         self._words = words
         self._yaml = yaml
         self._console = console
+        self._wait_for_run = wait
         self._store = Store(Path(config.output_dir).absolute())
         self._stop = StopSignal()
         self._gates = find_gates(config)
@@ -93,27 +98,40 @@ class Runner:
         with self._stop.listening():
             self._plan = make_plan(self._config)
             self._folder = self._store.run(self._plan.run)
-            if self._config.launch.machine_rank == 0:
-                self._open_folder()
-            for warning in self._plan.warnings:
-                self._say(f"warning: {warning}")
-            began = time.monotonic()
-            for node in self._plan.graph.order:
-                self._stop.check()
-                if self._config.launch.machine_rank == 0:
-                    self._bring(node)
-                    self._pass(node.name, self._metrics(node))
-                else:
-                    self._join(node)
             if self._config.launch.machine_rank > 0:
+                for node in self._plan.graph.order:
+                    self._stop.check()
+                    self._join(node)
                 return Done(self._plan.run, None)
-            self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
-            scorecard = write_scorecard(self._plan.graph, self._store, self._folder)
+            with self._store.lock_run(self._plan.run, self._wait_or_give_up):
+                scorecard = self._bring_all()
         print_scorecard(scorecard, self._folder, Console(highlight=False))
         for name, figures in ({} if scorecard is None else scorecard["policies"]).items():
             self._pass(name, figures, of_policy=True)
         metrics = {node.name: self._metrics(node) for node in self._plan.graph.order}
         return Done(self._plan.run, objective_value(self._config.objective, scorecard, metrics))
+
+    def _bring_all(self) -> dict[str, Any] | None:
+        """Reuse or make every stage; the scorecard of them."""
+        self._open_folder()
+        for warning in self._plan.warnings:
+            self._say(f"warning: {warning}")
+        began = time.monotonic()
+        for node in self._plan.graph.order:
+            self._stop.check()
+            self._bring(node)
+            self._pass(node.name, self._metrics(node))
+        self._say(f"run {self._plan.run} is done in {_clock(time.monotonic() - began)}: {self._folder}")
+        return write_scorecard(self._plan.graph, self._store, self._folder)
+
+    def _wait_or_give_up(self, holder: str) -> None:
+        """What is done while another process has this run under way."""
+        if not self._wait_for_run:
+            raise MachineError(
+                f"run {self._plan.run}: {holder} has it under way in {self._folder}; wait for its end, or give this "
+                f"one a name of its own with run.name"
+            )
+        self._stop.check()
 
     def _pass(self, name: str, figures: Mapping[str, Any], *, of_policy: bool = False) -> None:
         """Go through the gates of a stage that has ended, or of a policy that was judged.
@@ -142,7 +160,9 @@ class Runner:
                 f"run.name: {self._plan.run} was run with other settings; "
                 f"choose another name, such as {self._plan.run}-2"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        # What writers left behind that were killed; nobody else writes here.
+        for unfinished in folder.glob(".*.tmp"):
+            unfinished.unlink()
         write_text(folder / "config.yaml", self._yaml)
         self._stages = [
             {
@@ -163,7 +183,8 @@ class Runner:
         began = time.monotonic()
         with self._recorded(node):
             manifest = self._finished(node)
-            if manifest is None:
+            # A folder of work beside a finished stage was left by a process that was killed while it cleared up.
+            if manifest is None or self._store.work(node.kind, node.key).exists():
                 with self._store.lock(node.kind, node.key, lambda holder: self._wait(node, holder)) as lock:
                     # Another run may have made it while this one waited.
                     manifest = self._finished(node)
@@ -260,8 +281,7 @@ class Runner:
         self._stop.check()
 
     def _link(self, node: Node) -> None:
-        # In one step: another process with the same words links the same stages.
-        temporary = self._folder / f".{node.name}.{os.getpid()}.tmp"
+        temporary = self._folder / f".{node.name}.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("..", "..", "stages", f"{node.kind}-{node.key}"))
         temporary.replace(self._folder / node.name)

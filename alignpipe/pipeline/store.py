@@ -3,7 +3,7 @@
 outputs/stages/<kind>-<key>/   finished, each written once, whatever run asked for it
 outputs/work/<kind>-<key>/     lock, states and unfinished results; gone when the stage is done
 outputs/rows/<key>/            rows of large data sets, read or encoded once; can be deleted while nothing runs
-outputs/runs/<name>/           what a run was told, and a link to each of its stages
+outputs/runs/<name>/           lock, what a run was told, and a link to each of its stages
 outputs/latest                 name of the newest run
 """
 
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from alignpipe.artifact import (
     Manifest,
     damage,
+    make_folder,
     read_manifest,
     remove_tree,
     set_aside,
@@ -100,28 +101,16 @@ class Store:
             MachineError: the folder cannot be written.
         """
         work = self.work(kind, key)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MachineError(
-                f"{work}: cannot be made ({error.strerror}); choose another output_dir"
-            ) from error
         # Beside the folder, not in it: the folder goes away while others wait.
-        lock = FileLock(f"{work}.{LOCK}")
-        while True:
-            try:
-                lock.acquire(timeout=0.5)
-                break
-            except Timeout:
-                waiting(_holder(work))
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            write_json(
-                work / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            )
-            yield lock._context.lock_file_fd
-        finally:
-            lock.release()
+        with _held(Path(f"{work}.{LOCK}"), work, waiting) as descriptor:
+            yield descriptor
+
+    @contextmanager
+    def lock_run(self, name: str, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the folder of a run while it is under way; as `lock` does a stage."""
+        folder = self.run(name)
+        with _held(folder / LOCK, folder, waiting):
+            yield
 
     def is_locked(self, kind: str, key: str) -> bool:
         """Whether some process makes the stage right now."""
@@ -212,10 +201,30 @@ def run_stages(folder: Path) -> list[dict[str, Any]]:
     return [] if record is None else list(record["stages"])
 
 
-def _holder(work: Path) -> str:
+@contextmanager
+def _held(path: Path, folder: Path, waiting: Callable[[str], None]) -> Iterator[int | None]:
+    """Hold a lock, and say in the folder that it guards who does."""
+    make_folder(folder)
+    lock = FileLock(path)
+    while True:
+        try:
+            lock.acquire(timeout=0.5)
+            break
+        except Timeout:
+            waiting(_holder(folder))
     try:
-        holder = json.loads((work / HOLDER).read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
+        make_folder(folder)
+        write_json(folder / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        yield lock._context.lock_file_fd
+    finally:
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+        return f"process {holder['pid']} on {holder['host']} (since {since})"
     except (OSError, ValueError, KeyError):
         return "another process"
 

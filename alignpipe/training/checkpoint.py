@@ -16,7 +16,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from alignpipe import processes
-from alignpipe.artifact import MANIFEST, Manifest, Parent, damage, publish, read_manifest, remove_tree, seal
+from alignpipe.artifact import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    damage,
+    make_folder,
+    publish,
+    read_manifest,
+    remove_tree,
+    seal,
+)
 from alignpipe.disk import refusal
 from alignpipe.errors import CheckpointError, MachineError
 
@@ -190,9 +200,12 @@ def _begin(final: Path, temporary: Path, step: int) -> bool:
     """Make the folder that a state is written into; False where the state is there already."""
     if final.exists():
         return False
-    remove_tree(temporary)
+    # Also what another step left behind, that was killed while it was saved.
+    for unfinished in final.parent.glob(".step-*.tmp"):
+        remove_tree(unfinished)
+    make_folder(final.parent)
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
     except OSError as error:
         raise refusal(final, error) from error
     return True

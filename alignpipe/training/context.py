@@ -39,6 +39,8 @@ from alignpipe.training.metrics import MetricLog
 from alignpipe.training.progress import StageProgress
 
 REJECTED = "rejected.jsonl"
+# In a state: how far the files of figures had grown.
+WRITTEN = "written"
 RECORD_TYPE: dict[type[Record], RecordType] = {
     Demonstration: "demonstrations",
     Ranking: "rankings",
@@ -266,6 +268,7 @@ class Context:
         """Save a state to go on from."""
         own = {
             "step": step,
+            WRITTEN: self.metrics.written(),
             "left_out": self.left_out,
             "loss_scale": [self.loss_scale.value, self.loss_scale.good_steps],
         }
@@ -316,14 +319,14 @@ class Context:
         """
         values = load_newest_state(self.states, modules, optimizers, self.parents, self.warn)
         if values is None:
-            self.metrics.rewind(0)
+            self.metrics.rewind({})
             return {"step": 0}
-        lacking = [name for name in ("step", "left_out", "loss_scale", *names) if name not in values]
+        lacking = [name for name in ("step", WRITTEN, "left_out", "loss_scale", *names) if name not in values]
         if lacking:
             raise CheckpointError(f"{self.states}: the newest state has no {', '.join(lacking)}; {ANEW}")
         self.left_out = values["left_out"]
         self.loss_scale = LossScale(*values["loss_scale"])
-        self.metrics.rewind(values["step"])
+        self.metrics.rewind(values[WRITTEN])
         return values
 
     def warn(self, line: str) -> None:

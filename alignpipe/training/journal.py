@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from alignpipe.artifact import sync_folder
+
 
 class Journal:
     """A file of JSON lines that only grows.
@@ -37,12 +39,15 @@ class Journal:
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and wait until the disk has them."""
+        is_new = not self._path.exists()
         with self._path.open("ab") as file:
             for record in records:
                 text = json.dumps(record, ensure_ascii=False).encode() + b"\n"
                 file.write(_checksum(text) + b" " + text)
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self._path.parent)
 
 
 def _checksum(text: bytes) -> bytes:

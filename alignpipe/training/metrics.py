@@ -5,6 +5,7 @@ step figures -> one JSON line, trackers through accelerate
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from alignpipe import processes
+from alignpipe.artifact import sync_folder
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -31,13 +33,20 @@ class MetricLog:
         self._accelerator = accelerator
         self._last = time.perf_counter()
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written after a step: training goes on from there."""
-        for name in (METRICS, SAMPLES):
-            path = self._folder / name
-            if processes.is_main() and path.is_file():
-                kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-                path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    def written(self) -> dict[str, int]:
+        """Bytes of each file, on the disk by then; a state keeps them, to go on from."""
+        sizes = {}
+        for path in self._files():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        sync_folder(self._folder)
+        return sizes
+
+    def rewind(self, written: Mapping[str, int]) -> None:
+        """Cut off what was written after a state; `written` is what it kept, nothing where there is none."""
+        for path in self._files() if processes.is_main() else ():
+            os.truncate(path, min(written.get(path.name, 0), path.stat().st_size))
 
     def log(self, step: int, values: Mapping[str, float], *, tokens: int = 0) -> dict[str, float]:
         """Write the figures of a step.
@@ -65,6 +74,10 @@ class MetricLog:
         """Write generated responses for a person to read."""
         for row in rows:
             self._append(SAMPLES, {"step": step, **row})
+
+    def _files(self) -> list[Path]:
+        """Those of the two files that are there."""
+        return [path for name in (METRICS, SAMPLES) if (path := self._folder / name).is_file()]
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if not processes.is_main():
@@ -96,9 +109,3 @@ class Averages:
     def means(self) -> dict[str, float]:
         """The mean of every figure so far."""
         return {name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that end in a newline and hold JSON; a line torn by a crash is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [line.decode("utf-8", "replace") for line in lines if line.endswith(b"}")]
