@@ -115,7 +115,7 @@ def test_full_disk_at_each_point_between_no_state_and_two(
     disk: Callable[..., Path], whole: tuple[str, int], count: Callable[[int, int], int], faults: Faults
 ) -> None:
     expected, state = whole
-    points = range(0, POINTS, POINTS // count(2, POINTS))
+    points = range(POINTS) if count(1, POINTS) == POINTS else [5]
     refused = gone_on = 0
     for point in points:
         folder, room = disk(str(point)), 2 * state * point // POINTS
@@ -128,6 +128,7 @@ def test_full_disk_at_each_point_between_no_state_and_two(
     faults.tell("disk full at 8 points: with room the same weights", gone_on, len(points))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [_before_model, _before_seal], ids=["weights", "manifest"])
 def test_full_disk_while_the_result_is_written(
     disk: Callable[..., Path], whole: tuple[str, int], faults: Faults, moment: Callable[..., None]
@@ -140,6 +141,7 @@ def test_full_disk_while_the_result_is_written(
     faults.tell("disk full while the result is written", refused and _goes_on(folder, whole[0]), 1)
 
 
+@pytest.mark.slow
 def test_no_file_more(disk: Callable[..., Path], whole: tuple[str, int], faults: Faults) -> None:
     folder = disk("files", f"size={SIZE},nr_inodes={TAKEN}")
     full = start(folder, "run", *SFT, before=before_save, given=(2, _leave_no_file, folder / "outputs"))
@@ -166,6 +168,7 @@ def _limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_file_that_may_not_grow(tmp_path: Path, whole: tuple[str, int], faults: Faults) -> None:
     command = start(tmp_path, "run", *SFT, before=before_save, given=(2, _limit, whole[1] // 2))
     command.process.join(60)

@@ -20,11 +20,13 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 10.0
 TWO = (*SFT, "launch=cpu", "launch.num_processes=2", f"launch.timeout={TIMEOUT:g}", "stage.num_samples=4")
 CASES = [(phase, way) for phase in PHASES for way in WAYS]
+# Seconds that the launcher takes to end, once all its processes have.
+ENDING = 3.0
 # Seconds from the break to the end of the command, its exit code, and what it says.
 EXPECTED = {
     "killed": (10.0, 7, "process 1 was killed by signal 9"),
     "raising": (10.0, 1, "failed on rank1: RuntimeError: broken on purpose"),
-    "stuck": (TIMEOUT + 2 + GRACE, 7, "error: sft: rank0 lost rank1 ("),
+    "stuck": (TIMEOUT + 2 + GRACE + ENDING, 7, "error: sft: rank0 lost rank1 ("),
 }
 
 

@@ -158,18 +158,18 @@ def changed(
 
 
 def test_exactly_what_depends_on_a_change_is_made_again(
-    changed: Callable[[Case], Project], faults: Faults
+    changed: Callable[[Case], Project], count: Callable[[int, int], int], faults: Faults
 ) -> None:
-    right = 0
     assert [bool(case.again) for case in CASES].count(True) == 14 and len(CASES) == 24
-    for case in CASES:
+    tried, right = CASES[:: len(CASES) // count(4, len(CASES))], 0
+    for case in tried:
         project = changed(case)
         plan = make_plan(project.compose(*WORDS, *case.words).config)
         again = tuple(name for name in ALL if name not in plan.reused)
         assert again == case.again, f"{case.name}: {again} would be made again"
         keys.VERSIONS["rm"] = 1
         right += 1
-    faults.tell("one thing changed: exactly what depends on it is planned again", right, len(CASES))
+    faults.tell("one thing changed: exactly what depends on it is planned again", right, len(tried))
 
 
 def test_the_plan_is_what_the_run_does(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,21 @@ NAMED = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a finished chain and a model with dropout."""
-    folder = tmp_path_factory.mktemp("base")
-    assert finish(folder, "run", *CHAIN).process.exitcode == 0
-    return folder
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A project with a finished chain, made when it is first asked for."""
+
+    @cache
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("chain")
+        assert finish(folder, "run", *CHAIN).process.exitcode == 0
+        return folder
+
+    return make
 
 
 @pytest.fixture
 def stopped(
-    base: Path, tmp_path: Path, make_gpt2: Callable[..., PreTrainedModel], tokenizer: Tokenizer
+    chain: Callable[[], Path], tmp_path: Path, make_gpt2: Callable[..., PreTrainedModel], tokenizer: Tokenizer
 ) -> Callable[[str], tuple[Path, str]]:
     """A project whose sft or ppo was killed after its first state, and the weights it must come to."""
     save_model(make_gpt2(n_layer=1, initializer_range=0.02), tokenizer, tmp_path / "model")
@@ -153,7 +159,8 @@ def stopped(
     def make(kind: str) -> tuple[Path, str]:
         folders = tmp_path / kind / "whole", tmp_path / kind / "killed"
         for folder in folders:
-            shutil.copytree(base, folder, symlinks=True)
+            if kind == "ppo":
+                shutil.copytree(chain(), folder, symlinks=True)
             shutil.copytree(tmp_path / "model", folder / "base")
         whole, killed = folders
         assert finish(whole, "run", *_words(kind)).process.exitcode == 0
@@ -184,7 +191,7 @@ def test_state_without_a_part_is_refused_and_with_it_begun_anew_the_weights_diff
     count: Callable[[int, int], int],
     faults: Faults,
 ) -> None:
-    tried = list(PARTS)[: count(2, len(PARTS))]
+    tried = list(PARTS)[: count(1, len(PARTS))]
     kinds = {PARTS[part][0] for part in tried}
     projects = {kind: stopped(kind) for kind in kinds}
     for kind, (killed, whole) in projects.items():
