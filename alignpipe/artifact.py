@@ -15,10 +15,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from alignpipe.disk import refusal
 from alignpipe.errors import CheckpointError, MachineError
 
 MANIFEST = "alignpipe.json"
-FORMAT = 1
+# 2 has a hash of the manifest itself.
+FORMAT = 2
+OWN_HASH = "sha256"
 POLICY_KINDS = ("sft", "rs", "ppo", "dpo")
 
 
@@ -99,9 +102,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise MachineError(
-            f"{path}: cannot be written ({error.strerror}); free some space or check permissions"
-        ) from error
+        temporary.unlink(missing_ok=True)
+        raise refusal(path, error, len(text.encode())) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -125,9 +127,7 @@ def make_folder(folder: Path) -> None:
         for path in missing:
             sync_folder(path.parent)
     except OSError as error:
-        raise MachineError(
-            f"{folder}: cannot be made ({error.strerror}); free some space or choose another output_dir"
-        ) from error
+        raise refusal(folder, error) from error
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
@@ -151,7 +151,8 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """
     manifest.files = file_entries(folder)
     manifest.versions = manifest.versions or installed_versions()
-    write_json(folder / MANIFEST, asdict(manifest))
+    raw = asdict(manifest)
+    write_json(folder / MANIFEST, raw | {OWN_HASH: _hash(raw)})
     return manifest
 
 
@@ -186,6 +187,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise CheckpointError(
                 f"{path}: format {raw['format']} is newer than this alignpipe reads ({FORMAT}); update it"
             )
+        if raw.pop(OWN_HASH, None) != _hash(raw) and raw["format"] != 1:
+            raise ValueError("its content changed since it was written")
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         raw["parents"] = {role: Parent(**parent) for role, parent in raw["parents"].items()}
         return Manifest(**raw)
@@ -253,6 +256,11 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "source"
     return found
+
+
+def _hash(raw: dict[str, Any]) -> str:
+    """Of a manifest without this hash, its entries in the order of the file."""
+    return hashlib.sha256(json.dumps(raw).encode()).hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -454,6 +454,8 @@ class OptimizerConfig(StageConfig):
     micro_batch_size: int = number(minimum=1, in_key=False)
     save_steps: int = number(minimum=1, in_key=False)
     log_steps: int = number(minimum=1, in_key=False)
+    # No result depends on it, only whether there is one.
+    max_left_out: int = number(minimum=0, in_key=False)
 
 
 @dataclass

@@ -28,8 +28,8 @@ from rich.table import Table
 from rich.text import Text
 
 from alignpipe.config import LaunchConfig
+from alignpipe.disk import existing, format_bytes
 from alignpipe.pipeline.launch import environment
-from alignpipe.pipeline.plan import existing, format_bytes
 
 State = Literal["ok", "look", "bad"]
 # What is written to time a disk.

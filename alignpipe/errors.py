@@ -41,9 +41,14 @@ class MachineError(AlignpipeError):
 
 
 class NumericalError(AlignpipeError):
-    """A loss, gradient or score is not finite."""
+    """A loss, gradient or score is not finite.
+
+    Attributes:
+        rows: places of the rows that it comes from, among those at hand; none where that is not known.
+    """
 
     exit_code = 6
+    rows: tuple[int, ...] = ()
 
 
 class ProcessLost(AlignpipeError):
@@ -56,6 +61,13 @@ class Stopped(AlignpipeError):
     """A signal asked for the end; the state is saved and the same command goes on."""
 
     exit_code = 75
+
+
+def listed(numbers: Iterable[int], most: int = 8) -> str:
+    """Such as `3, 17, 4 and 12 more`, since a line has no room for all."""
+    numbers = list(numbers)
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -90,6 +90,15 @@ def sum_figures(figures: Mapping[str, tuple[float, float]]) -> dict[str, tuple[f
     return total
 
 
+def union(items: set[int]) -> set[int]:
+    """What any process has."""
+    if count() == 1:
+        return items
+    parts: list[Any] = [None] * count()
+    dist.all_gather_object(parts, items)
+    return set().union(*parts)
+
+
 def any_of(flag: bool) -> bool:
     """Whether any process says so."""
     return bool(sum_tensor(torch.tensor(int(flag))))

@@ -32,6 +32,7 @@ from alignpipe.artifact import (
     verify,
     write_json,
 )
+from alignpipe.disk import refusals
 from alignpipe.errors import AlignpipeError, MachineError, ProcessLost
 from alignpipe.signals import StopSignal
 from alignpipe.stages import STAGES
@@ -63,12 +64,18 @@ def run_task(path: Path, console: Console, stop: StopSignal) -> Manifest:
         AlignpipeError: an input is damaged, the machine is too small, numbers are not finite, or a signal came.
     """
     task = read_task(path)
+    with refusals(task.work):
+        return _run(task, console, stop)
+
+
+def _run(task: Task, console: Console, stop: StopSignal) -> Manifest:
     accelerator = _accelerator(task)
     parents = processes.from_main(lambda: _verified_parents(task))
     torch.manual_seed(task.config.seed)
     with StageProgress(task.name, console) as progress:
         metrics = MetricLog(task.work, accelerator)
-        context = Context(task, accelerator, metrics, progress, stop, LossScale.of(task.launch.precision))
+        scale = LossScale.of(task.launch.precision)
+        context = Context(task, accelerator, metrics, progress, stop, scale, parents=parents)
         if not context.states.is_dir():
             # Whatever was written is written again.
             metrics.rewind({})

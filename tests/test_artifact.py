@@ -63,6 +63,27 @@ def test_every_flipped_bit_is_found_by_verify_and_by_nothing_less(sealed: Path) 
     verify(sealed)
 
 
+def test_every_flipped_bit_of_the_manifest_is_found(sealed: Path) -> None:
+    path = sealed / MANIFEST
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(CheckpointError, match=r"not a manifest|is newer"):
+            read_manifest(sealed)
+
+
+def test_manifest_of_the_first_format_has_no_hash_of_its_own(sealed: Path) -> None:
+    raw = json.loads((sealed / MANIFEST).read_text(encoding="utf-8"))
+    del raw["sha256"]
+    write_json(sealed / MANIFEST, raw | {"format": 1})
+    assert verify(sealed).key == "89ab"
+    write_json(sealed / MANIFEST, raw)
+    with pytest.raises(CheckpointError, match="not a manifest"):
+        verify(sealed)
+
+
 def test_cut_and_missing_files_are_found_by_size_alone(sealed: Path) -> None:
     manifest = verify(sealed)
     (sealed / "weights.bin").write_bytes(bytes(7))

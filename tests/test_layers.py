@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "alignpipe"
 # What everybody may use: words, errors, what a stage is told and what it leaves behind.
-BASE = {"config", "errors", "artifact", "task", "signals", "objective", "gates", "checks"}
+BASE = {"config", "errors", "artifact", "disk", "task", "signals", "objective", "gates", "checks"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "checks": {"config", "errors"},
-    "artifact": {"errors"},
+    "artifact": {"disk", "errors"},
+    "disk": {"errors"},
     "signals": {"errors"},
     "objective": {"config", "errors"},
     "gates": {"config", "errors", "objective"},
@@ -46,6 +47,7 @@ QUICK = (
     "config",
     "checks",
     "artifact",
+    "disk",
     "signals",
     "objective",
     "gates",

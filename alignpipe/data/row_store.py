@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock
 
 from alignpipe.artifact import Manifest, damage, publish, read_manifest, remove_tree, seal
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.disk import refusal
+from alignpipe.errors import CheckpointError
 
 KIND = "rows"
 
@@ -50,9 +51,7 @@ def entry(root: Path | None, key: str, build: Callable[[Path], None]) -> Iterato
                 _build(folder, key, build)
             yield folder
     except OSError as error:
-        raise MachineError(
-            f"{folder}: cannot be written ({error.strerror}); free some space or choose another output_dir"
-        ) from error
+        raise refusal(folder, error) from error
 
 
 def _is_sound(folder: Path) -> bool:

@@ -126,9 +126,10 @@ class Monitor:
 
     def values(self) -> dict[str, Any]:
         """What is saved with a state, as JSON."""
-        if self._history is None:
+        if self._look is None:
             return {}
-        return {"monitor": {"history": asdict(self._history), "alarms": self._alarms}}
+        history = None if self._history is None else asdict(self._history)
+        return {"monitor": {"history": history, "alarms": self._alarms}}
 
     def begin(self, state: Mapping[str, Any], total: int) -> None:
         """Look at the start, or take up what a state holds.

@@ -127,6 +127,7 @@ class Reward:
 
         Raises:
             AlignpipeError: the user's function fails.
+            NumericalError: a reward model gives a score that is not finite.
         """
         scores = {name: torch.from_numpy(model(examples)) for name, model in self.models.items()}
         total, terms = self._sum(scores, len(examples)), dict(scores)
@@ -138,6 +139,8 @@ class Reward:
             raw = self.models[gate.model].normalizer.raw(scores[gate.model])
             total, shut = gated(total, scores[gate.model], raw, gate.below)
             terms["gated"] = shut.double()
+        if len(total) > 1 and total.min() == total.max():
+            self.context.warn("the reward of all responses asked for at once is the same; it teaches nothing")
         return Scored(
             total.numpy(),
             {name: term.numpy() for name, term in terms.items()} if is_composed(self.config) else {},

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignpipe import processes
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.disk import refusal
+from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters, save_adapter
 from alignpipe.models.files import CONFIG
 from alignpipe.models.loading import evaluating, num_rows, quiet
@@ -51,7 +52,7 @@ def save_model(
             tokenizer.save(folder)
             _add_older_keys(folder / CONFIG)
         except (OSError, SafetensorError) as error:
-            raise MachineError(f"{folder}: the model cannot be written ({error}); free some space") from error
+            raise refusal(folder, error, model.num_parameters() * model.dtype.itemsize) from error
 
     processes.from_main(write)
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from alignpipe.artifact import read_manifest, remove_tree
+from alignpipe.disk import format_bytes
 from alignpipe.errors import CheckpointError, MachineError
-from alignpipe.pipeline.plan import format_bytes
 from alignpipe.pipeline.store import Store, run_stages
 
 

@@ -149,8 +149,9 @@ def first_error(task: Task) -> AlignpipeError:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(error["trace"], encoding="utf-8")
     if not real:
+        silent = [f"rank{n}" for n in range(num_processes(task.launch)) if f"rank{n}" not in said]
         return ProcessLost(
-            f"{task.name}: {rank} lost the others ({error['message']}) within launch.timeout="
-            f"{task.launch.timeout:g} s; see {log}; run the same command to go on"
+            f"{task.name}: {rank} lost {' and '.join(silent) or 'the others'} ({error['message']}) within "
+            f"launch.timeout={task.launch.timeout:g} s; see {log}; run the same command to go on"
         )
     return AlignpipeError(f"stage {task.name} failed on {rank}: {error['message']}; see {log}")

@@ -12,6 +12,7 @@ from alignpipe.artifact import Manifest
 from alignpipe.config import TINY, Config, DPOConfig, SFTConfig
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
+from alignpipe.disk import existing, format_bytes
 from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
@@ -215,20 +216,3 @@ def _dpo_warnings(node: Node, config: DPOConfig, graph: Graph) -> list[str]:
             f"{node.name}: loss={config.loss} has no reference, so reference={config.reference} is not opened"
         )
     return found
-
-
-def format_bytes(number: float) -> str:
-    """Such as 12 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def existing(folder: Path) -> Path:
-    """The nearest folder above, or the folder itself, that is there."""
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from alignpipe.disk import format_bytes
 from alignpipe.pipeline.accelerators import UTILISATION
 from alignpipe.pipeline.memory import PARTS
-from alignpipe.pipeline.plan import Plan, format_bytes
+from alignpipe.pipeline.plan import Plan
 
 # Column titles that keep a plan within 100 columns.
 SHORT = {"gradients": "grads", "optimizer": "AdamW", "activations": "acts"}

@@ -6,7 +6,7 @@ Config -> plan (every check) -> run folder -> each stage in order -> scorecard a
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.text import Text
 from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.checks import check
 from alignpipe.config import Config
+from alignpipe.disk import refusals
 from alignpipe.errors import AlignpipeError, ConfigError, MachineError, Stopped
 from alignpipe.gates import find_gates
 from alignpipe.objective import objective_value
@@ -65,7 +66,8 @@ def run(config: Config, words: list[str], yaml: str, *, wait: bool = False) -> D
         AlignpipeError: what went wrong, in one line; finished stages are kept.
     """
     check(config)
-    return Runner(config, words, yaml, Console(stderr=True, highlight=False), wait=wait).run()
+    with refusals(Path(config.output_dir)):
+        return Runner(config, words, yaml, Console(stderr=True, highlight=False), wait=wait).run()
 
 
 class Runner:
@@ -253,7 +255,9 @@ class Runner:
             self._note(node, state="stopped")
             raise
         except AlignpipeError as error:
-            self._note(node, state="failed", error=str(error))
+            # A disk that refused the stage may refuse this too; the first error is the one to tell.
+            with suppress(MachineError):
+                self._note(node, state="failed", error=str(error))
             if error.trace is None:
                 raise
             raise AlignpipeError(f"{error}; see {self._keep(node, error.trace)}") from error

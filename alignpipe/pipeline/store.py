@@ -126,7 +126,8 @@ class Store:
 
     def states(self, kind: str, key: str) -> list[str]:
         """Names of the saved states of a stage under way, oldest first."""
-        return sorted(path.name for path in (self.work(kind, key) / "states").glob("step-*"))
+        names = (path.name for path in (self.work(kind, key) / "states").glob("step-*"))
+        return sorted(names, key=lambda name: (len(name), name))
 
     def runs(self) -> list[Path]:
         """Folders of all runs, newest first."""

@@ -15,7 +15,7 @@ from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
 from alignpipe.data.packing import spans
-from alignpipe.errors import CheckpointError
+from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
 from alignpipe.models.scalar_head import next_token_scores, score_head, sequence_head_scores
@@ -130,7 +130,7 @@ def head_scores(
         return sequence_head_scores(reward_model, batch)
 
     width = score_head(reward_model).out_features
-    return _in_batches(scores, reward_model, examples, width, pad_id, batch_size)
+    return _in_batches("scores", scores, reward_model, examples, width, pad_id, batch_size)
 
 
 def response_values(
@@ -152,7 +152,7 @@ def response_values(
     def values(batch: TokenBatch) -> Tensor:
         return next_token_scores(value_model, batch)
 
-    return _in_batches(values, value_model, examples, _width(examples) - 1, pad_id, batch_size)
+    return _in_batches("values", values, value_model, examples, _width(examples) - 1, pad_id, batch_size)
 
 
 def response_logprobs(
@@ -179,7 +179,7 @@ def response_logprobs(
     def logprobs(batch: TokenBatch) -> Tensor:
         return batch_logprobs(policy, batch, temperature)
 
-    return _in_batches(logprobs, policy, examples, _width(examples) - 1, pad_id, batch_size)
+    return _in_batches("log-probs", logprobs, policy, examples, _width(examples) - 1, pad_id, batch_size)
 
 
 def sequence_logprobs(
@@ -201,10 +201,11 @@ def sequence_embeddings(
     def means(batch: TokenBatch) -> Tensor:
         return mean_hidden(model, batch)
 
-    return _in_batches(means, model, examples, model.config.hidden_size, pad_id, batch_size)
+    return _in_batches("embeddings", means, model, examples, model.config.hidden_size, pad_id, batch_size)
 
 
 def _in_batches(
+    what: str,
     compute: Callable[[TokenBatch], Tensor],
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -215,6 +216,9 @@ def _in_batches(
     """Rows of `compute` (b, w) for every example, in the given order, (N, width), 0 beyond w.
 
     Every process computes its own part; the parts are added up, each row being zero on all but one of them.
+
+    Raises:
+        NumericalError: one of them is not finite.
     """
     result = torch.zeros(len(examples), width)
     # Longest first, so that memory fails early; responses to one prompt together, so that it is read once.
@@ -228,7 +232,21 @@ def _in_batches(
             batch = collate([examples[index] for index in indices], pad_id).to(model.device)
             found = compute(batch).cpu()
             result[indices, : found.shape[1]] = found
-    return processes.sum_tensor(result)
+    return finite(what, processes.sum_tensor(result))
+
+
+def finite(what: str, result: Tensor) -> Tensor:
+    """The same tensor, one row a response.
+
+    Raises:
+        NumericalError: a number in it is not finite; with the rows.
+    """
+    rows = (~result.isfinite()).any(1).nonzero().flatten().tolist()
+    if rows:
+        error = NumericalError(f"{what} of responses {listed(rows)} of {len(result)}: not finite")
+        error.rows = tuple(rows)
+        raise error
+    return result
 
 
 def _width(examples: Sequence[Example]) -> int:

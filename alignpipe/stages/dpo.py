@@ -50,7 +50,10 @@ def run(config: DPOConfig, context: Context) -> dict[str, Any]:
         batch = collate([one.example for side in sides for one in side], tokenizer.pad_id).to(context.device)
         chosen, rejected = _responses(batch_logprobs(policy, batch).sum(1), batch, sides)
         found = loss(chosen, rejected)
+        # A loss over single responses gives those of the good ones first.
+        order = sorted(range(len(micro)), key=lambda row: micro[row].chosen is None)
         return StepOutput(
+            rows=order,
             losses=found.losses + config.sft_coef * nll(chosen, found.losses),
             metrics={
                 "rewards/accuracies": (float((found.margins > 0).sum()), len(found.margins)),

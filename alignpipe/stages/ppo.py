@@ -10,7 +10,8 @@ A rollout, in the paper's order:
 prompts -> policy checkpoint
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from alignpipe.data.encoding import Encoded, Example, encode_prompts
 from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import NumericalError
 from alignpipe.evaluation.gold import gold_scores
 from alignpipe.evaluation.monitor import load_monitor
 from alignpipe.evaluation.rewards import Reward, load_reward, read_normalizer
@@ -51,7 +53,7 @@ from alignpipe.rollout.experience import (
     sample_responses,
 )
 from alignpipe.rollout.scaling import RunningMoments
-from alignpipe.rollout.score import Normalizer, response_logprobs, response_values
+from alignpipe.rollout.score import Normalizer, finite, response_logprobs, response_values
 from alignpipe.training.context import Context
 from alignpipe.training.ema import WeightAverage
 from alignpipe.training.kl_control import KLControl
@@ -99,6 +101,30 @@ class Models:
         return self.policy
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What the policy said in one rollout.
+
+    Attributes:
+        rollout: its number.
+        numbers: of the prompt of each response, among those learnt from.
+        examples: prompts with responses.
+        finished: which of them ended by themselves.
+        answers: their texts.
+    """
+
+    rollout: int
+    numbers: list[int]
+    examples: list[Example]
+    finished: list[bool]
+    answers: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts and responses."""
+        return sum(len(example.ids) for example in self.examples)
+
+
 def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     """Train `policy` to raise the reward model's score while it stays near `reference`."""
     tokenizer = context.tokenizer("policy")
@@ -108,7 +134,8 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     )
     modules = {**models.changing, **monitor.modules}
     encoded, texts = _prompts(config, tokenizer, context)
-    state = context.resume(modules, models.optimizers)
+    saved = ("rollout", "kl_coef", "score_moments", *monitor.values())
+    state = context.resume(modules, models.optimizers, saved)
     first, ended = int(state.get("rollout", 0)), False
     control = KLControl(config, context, state.get("kl_coef", config.kl_coef))
     moments = RunningMoments(*state.get("score_moments", ()))
@@ -120,31 +147,21 @@ def run(config: PPOConfig, context: Context) -> dict[str, Any]:
     context.progress.begin("rollouts", config.num_rollouts, first)
     # The order has no end.
     for rollout, chosen in zip(range(first, config.num_rollouts), order, strict=False):
-        with context.autocast():
-            examples, finished = sample_responses(
-                models.policy, tokenizer, encoded.examples, chosen, rollout, config
+        drawn = _sample(config, context, models.policy, tokenizer, encoded.examples, chosen, rollout)
+        asked = [texts[index] for index in drawn.numbers]
+        context.step = rollout * config.updates_per_rollout
+        try:
+            figures, scores, ended = _learn(
+                config, context, models, tokenizer, drawn, asked, control, moments
             )
-        asked = [texts[index] for index in chosen for _ in range(config.num_samples)]
-        answers = response_texts(examples, tokenizer)
-        scored = models.reward(asked, answers, examples)
-        scores = _scores(config, scored.rewards, finished, moments)
-        experience, figures = _experience(config, context, models, tokenizer, examples, scores, control.coef)
-        ended = control.spent(figures["objective/kl"])
-        if not ended:
-            figures |= _update(config, context, models, experience, rollout, control.coef)
-        figures |= (
-            _gold(context, asked, answers)
-            | scored.figures
-            | {
-                "objective/finished": sum(finished) / len(finished),
-                "objective/kl_coef": control.coef,
-            }
-        )
+        except NumericalError as error:
+            context.leave_out(error, drawn.numbers, config.max_left_out)
+            continue
         control.adapt(figures["objective/kl"], rollout)
         step, done = (rollout + 1) * config.updates_per_rollout, rollout + 1
         if done % config.log_steps == 0 or done == config.num_rollouts or ended:
-            figures = context.metrics.log(step, figures, tokens=int(experience.batch.lengths.sum()))
-            context.metrics.samples(step, _shown(asked, answers, scores))
+            figures = context.metrics.log(step, figures, tokens=drawn.num_tokens)
+            context.metrics.samples(step, _shown(asked, drawn.answers, scores))
         context.progress.update(done, figures)
         if monitor.ends(done, step) or ended:
             break
@@ -196,6 +213,56 @@ def _prompts(
     return encoded, [prompt_text(records[index]) for index in encoded.kept]
 
 
+def _sample(
+    config: PPOConfig,
+    context: Context,
+    policy: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    chosen: Sequence[int],
+    rollout: int,
+) -> Drawn:
+    """Answer the prompts of a rollout."""
+    with context.autocast():
+        examples, finished = sample_responses(policy, tokenizer, prompts, chosen, rollout, config)
+    numbers = [index for index in chosen for _ in range(config.num_samples)]
+    return Drawn(rollout, numbers, examples, finished, response_texts(examples, tokenizer))
+
+
+def _learn(
+    config: PPOConfig,
+    context: Context,
+    models: Models,
+    tokenizer: Tokenizer,
+    drawn: Drawn,
+    asked: Sequence[str],
+    control: KLControl,
+    moments: RunningMoments,
+) -> tuple[dict[str, float], Tensor, bool]:
+    """Score a rollout and learn from it, unless the budget of KL is spent.
+
+    Returns:
+        Its figures, the score of each response, and whether training ends here.
+
+    Raises:
+        NumericalError: a number is not finite; its rows are places in the rollout.
+    """
+    scored = models.reward(asked, drawn.answers, drawn.examples)
+    scores = _scores(config, scored.rewards, drawn.finished, moments)
+    experience, figures = _experience(
+        config, context, models, tokenizer, drawn.examples, scores, control.coef
+    )
+    ended = control.spent(figures["objective/kl"])
+    if not ended:
+        figures |= _update(config, context, models, experience, drawn.rollout, control.coef)
+    own = {
+        "objective/finished": sum(drawn.finished) / len(drawn.finished),
+        "objective/kl_coef": control.coef,
+        **context.left_out_figures,
+    }
+    return figures | _gold(context, asked, drawn.answers) | scored.figures | own, scores, ended
+
+
 def _scores(
     config: PPOConfig, rewards: NDArray[np.float64], finished: Sequence[bool], moments: RunningMoments
 ) -> Tensor:
@@ -232,7 +299,7 @@ def _experience(
     rewards = shape_rewards(kl, scores.to(context.device), mask, price)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, keep_mean=True)
-    advantages = ADVANTAGES[config.advantage](rewards, values, mask, config)
+    advantages = finite("advantages", ADVANTAGES[config.advantage](rewards, values, mask, config))
     figures = {
         "objective/score": float(scores.mean()),
         "objective/kl": float((logprobs - reference).sum(1).mean()),  # nats a response
@@ -262,26 +329,28 @@ def _update(
     first: dict[str, float] = {}
     models.policy.train()
     for number, minibatch in enumerate(minibatches(experience.rows(), rollout, config)):
+        context.step = rollout * config.updates_per_rollout + number
         policy_figures: dict[str, tuple[float, float]] = {}
-        if rollout >= alone:
-            policy_figures = optimizer_step(
-                models.policy,
-                models.optimizers["policy"],
-                minibatch,
-                policy_fn,
-                config,
-                context,
-                more=models.ptx.terms(rollout * config.updates_per_rollout + number),
-            )
-            if models.average is not None:
-                models.average.update(models.policy)
-        if models.value is not None:
-            models.value.train()
-            set_learning_rate(models.optimizers["value"], config.value_learning_rate * value_share)
-            value_figures = optimizer_step(
-                models.value, models.optimizers["value"], minibatch, value_fn, config, context
-            )
-            averages.add("ppo/value_loss", *value_figures["loss"])
+        with _places_in_rollout(minibatch):
+            if rollout >= alone:
+                policy_figures = optimizer_step(
+                    models.policy,
+                    models.optimizers["policy"],
+                    minibatch,
+                    policy_fn,
+                    config,
+                    context,
+                    more=models.ptx.terms(context.step),
+                )
+                if models.average is not None:
+                    models.average.update(models.policy)
+            if models.value is not None:
+                models.value.train()
+                set_learning_rate(models.optimizers["value"], config.value_learning_rate * value_share)
+                value_figures = optimizer_step(
+                    models.value, models.optimizers["value"], minibatch, value_fn, config, context
+                )
+                averages.add("ppo/value_loss", *value_figures["loss"])
         for name, (total, count) in policy_figures.items():
             averages.add(POLICY_FIGURES.get(name, name), total, count)
         means = {name: total / count for name, (total, count) in policy_figures.items() if "/" in name}
@@ -290,6 +359,16 @@ def _update(
         if config.max_update_kl is not None and means.get("ppo/approx_kl", 0.0) > config.max_update_kl:
             break
     return averages.means() | first | {"ppo/updates": number + 1}
+
+
+@contextmanager
+def _places_in_rollout(minibatch: Sequence[ResponseRow]) -> Iterator[None]:
+    """Turn the places of an error's rows in a minibatch into those in the rollout."""
+    try:
+        yield
+    except NumericalError as error:
+        error.rows = tuple(minibatch[place].index for place in error.rows or range(len(minibatch)))
+        raise
 
 
 def _policy_fn(

@@ -66,6 +66,8 @@ def run(config: RMConfig, context: Context) -> dict[str, Any]:
         sizes = torch.tensor([len(row.examples) for row in micro], device=context.device)
         groups = torch.repeat_interleave(torch.arange(len(micro), device=context.device), sizes)
         losses = ranking_losses(config, scores, micro, ranks, groups)  # (G, H)
+        # A best response of infinite score has a loss of 0; 0 times infinity is told as any other NaN.
+        losses = losses + 0 * torch.zeros_like(losses).index_add(0, groups, scores.detach().to(losses))
         if bootstrap:
             losses = losses * _bootstrap(config, micro).to(losses)
         correct, total = pair_accuracy(scores.detach().mean(1), ranks, groups, len(micro))

@@ -4,7 +4,7 @@ modules, optimizers, counters -> `states/step-000120/` (kept: two) -> back, bit 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,28 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from alignpipe import processes
-from alignpipe.artifact import Manifest, damage, make_folder, publish, read_manifest, remove_tree, seal
+from alignpipe.artifact import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    damage,
+    make_folder,
+    publish,
+    read_manifest,
+    remove_tree,
+    seal,
+)
+from alignpipe.disk import refusal
 from alignpipe.errors import CheckpointError, MachineError
 
 TENSORS = "state"
 OFFSETS = "first_rows"
 RANDOM_STATE = "rng.cpu"
 VALUES = "values.json"
+# Among the values: how many tensors of each optimizer belong to the state.
+MOMENTS = "moments"
 KEPT = 2
+ANEW = "move the folder of states away to train the stage from its beginning"
 
 
 def save_state(
@@ -32,6 +46,7 @@ def save_state(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
     values: Mapping[str, Any],
+    parents: Mapping[str, Parent] | None = None,
 ) -> None:
     """Write everything a stage needs to go on from `step`, durably, then drop all but the newest two.
 
@@ -43,6 +58,7 @@ def save_state(
         modules: trained modules by name.
         optimizers: by name.
         values: counters and coefficients, as JSON.
+        parents: the artifacts that the stage read, by role.
 
     Raises:
         MachineError: the disk is full or read-only.
@@ -52,8 +68,9 @@ def save_state(
     if not processes.from_main(lambda: _begin(final, temporary, step)):
         return
     failure: Exception | None = None
+    tensors, offsets = _own_rows(_tensors(modules, optimizers))
+    needed = sum(tensor.nbytes for tensor in tensors.values())
     try:
-        tensors, offsets = _own_rows(_tensors(modules, optimizers))
         if tensors:
             path = temporary / f"{TENSORS}-{processes.rank():05d}.safetensors"
             save_file(tensors, path, metadata={OFFSETS: json.dumps(offsets)})
@@ -61,26 +78,41 @@ def save_state(
         failure = error
     if processes.any_of(failure is not None):
         processes.from_main(lambda: remove_tree(temporary))
-        raise _cannot_write(states, step, failure or "another process failed")
-    processes.from_main(lambda: _publish(temporary, final, step, values))
+        raise refusal(final, failure or "another process failed", needed)
+    moments = {name: _num_tensors(optimizer) for name, optimizer in optimizers.items()}
+    manifest = Manifest("state", str(step), dict(parents or {}), versions={"torch": torch.__version__})
+    processes.from_main(lambda: _publish(temporary, final, {**values, MOMENTS: moments}, manifest, needed))
 
 
 def load_newest_state(
-    states: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    states: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    parents: Mapping[str, Parent] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
     """Put modules and optimizers back to the newest state whose files agree with their hashes.
 
     The number of processes, and whether weights are sharded, may differ from when it was saved.
 
+    Args:
+        states: folder of the stage's states.
+        modules: as they were saved.
+        optimizers: as they were saved.
+        parents: the artifacts that the stage reads now, by role.
+        tell: told of each newer state that is damaged.
+
     Returns:
-        The values saved with it, or None where there is no valid state.
+        The values saved with it, or None where there is no state.
 
     Raises:
-        CheckpointError: the state is whole but was made by another model.
+        CheckpointError: every state is damaged, or the newest whole one lacks something, is of another model, or was
+            made with other artifacts.
     """
-    folder = processes.from_main(lambda: _newest_valid(states))
+    folder = processes.from_main(lambda: _newest_valid(states, tell))
     if folder is None:
         return None
+    _check_parents(folder, parents or {})
     saved = _SavedRows(folder)
     for name, target in _tensors(modules, {}).items():
         if name != RANDOM_STATE:
@@ -91,6 +123,13 @@ def load_newest_state(
     saved.fill(RANDOM_STATE, random_state)
     torch.set_rng_state(random_state)
     values: dict[str, Any] = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    known = values.pop(MOMENTS, {})
+    for name, optimizer in optimizers.items():
+        if known.get(name) != (found := _num_tensors(optimizer)):
+            raise CheckpointError(
+                f"{folder}: has {found} moments of the optimizer of {name}, {known.get(name, 'an unknown number')} "
+                f"were saved; {ANEW}"
+            )
     return values
 
 
@@ -126,9 +165,7 @@ class _SavedRows:
             CheckpointError: there is none of this name and shape.
         """
         if name not in self._parts or self.shape(name) != list(target.shape):
-            raise CheckpointError(
-                f"{self._folder}: {name} does not fit the model; remove the folder and run again"
-            )
+            raise CheckpointError(f"{self._folder}: {name} is not in it or does not fit the model; {ANEW}")
         first, own = _rows(target)
         for offset, file in self._parts[name]:
             part = file.get_slice(name)
@@ -170,34 +207,62 @@ def _begin(final: Path, temporary: Path, step: int) -> bool:
     try:
         temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(final.parent, step, error) from error
+        raise refusal(final, error) from error
     return True
 
 
-def _publish(temporary: Path, final: Path, step: int, values: Mapping[str, Any]) -> None:
+def _publish(
+    temporary: Path, final: Path, values: Mapping[str, Any], manifest: Manifest, needed: int
+) -> None:
     try:
         (temporary / VALUES).write_text(json.dumps(dict(values)), encoding="utf-8")
-        seal(temporary, Manifest(kind="state", key=str(step), versions={"torch": torch.__version__}))
-    except OSError as error:
+        seal(temporary, manifest)
+    except (OSError, MachineError) as error:
         remove_tree(temporary)
-        raise _cannot_write(final.parent, step, error) from error
+        raise refusal(final, error.__cause__ or error, needed) from error
     publish(temporary, final)
     for old in _steps(final.parent)[KEPT:]:
         remove_tree(old)
 
 
-def _cannot_write(states: Path, step: int, why: object) -> MachineError:
-    return MachineError(f"{states}: the state of step {step} cannot be written ({why}); free some space")
+def _newest_valid(states: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest state that is whole; newer ones are put out of the way, unless there is no other.
 
-
-def _newest_valid(states: Path) -> Path | None:
+    Raises:
+        CheckpointError: there are states, and none is whole.
+    """
+    damaged: dict[Path, str] = {}
     for folder in _steps(states):
-        if _valid(folder):
+        why = _damage(folder)
+        if why is None:
+            for other in damaged:
+                _set_aside(other)
+                tell(f"{damaged[other]}; kept as corrupt-{other.name}, goes on from {folder.name}")
             return folder
-        # Out of the way, so that the same step can be saved again; kept, so that it can be looked at.
-        remove_tree(states / f"corrupt-{folder.name}")
-        folder.rename(states / f"corrupt-{folder.name}")
+        damaged[folder] = why
+    if damaged:
+        raise CheckpointError(f"no state is whole: {'; '.join(damaged.values())}; {ANEW}")
     return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Put a state out of the way, so that its step can be saved again; kept, so that it can be looked at."""
+    target = folder.with_name(f"corrupt-{folder.name}")
+    remove_tree(target)
+    folder.rename(target)
+
+
+def _check_parents(folder: Path, parents: Mapping[str, Parent]) -> None:
+    """Make sure that the stage goes on with what it began with.
+
+    Raises:
+        CheckpointError: an artifact that it reads holds something else now, as a reference that was trained again.
+    """
+    manifest = read_manifest(folder)
+    known = {} if manifest is None else manifest.parents
+    for role in sorted(known.keys() | parents.keys()):
+        if known.get(role) != parents.get(role):
+            raise CheckpointError(f"{folder}: was made with another {role} than there is now; {ANEW}")
 
 
 @torch.no_grad()
@@ -230,12 +295,20 @@ def _restore_optimizer(optimizer: Optimizer, prefix: str, saved: _SavedRows) -> 
 
 def _steps(states: Path) -> list[Path]:
     """States, newest first."""
-    return sorted(states.glob("step-*"), reverse=True)
+    return sorted(states.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
-def _valid(folder: Path) -> bool:
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a state, or None."""
     try:
         manifest = read_manifest(folder)
-    except CheckpointError:
-        return False
-    return manifest is not None and damage(folder, manifest, read_files=True) is None
+    except CheckpointError as error:
+        return str(error).rpartition(";")[0]
+    if manifest is None:
+        return f"{folder / MANIFEST}: missing"
+    return damage(folder, manifest, read_files=True)
+
+
+def _num_tensors(optimizer: Optimizer) -> int:
+    """Moments that an optimizer has, of all its weights."""
+    return sum(map(len, optimizer.state.values()))

@@ -1,6 +1,6 @@
 """What a stage works with beside its configuration: device, inputs, folders, figures, the stop signal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from alignpipe import processes
-from alignpipe.artifact import remove_tree
+from alignpipe.artifact import Parent, remove_tree
 from alignpipe.config import SHARDED, DataConfig
 from alignpipe.data.mixture import Portion, read_portion
 from alignpipe.data.records import Demonstration, Prompt, Ranking, Record, RecordType, Text, Unpaired
 from alignpipe.data.sources import DataSource, Keep, RecordSet, read_parts, readable_types, write_rejected
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import CheckpointError
+from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.adapters import Adapters
 from alignpipe.models.compiling import compile_training
 from alignpipe.models.kernels import use_liger
@@ -32,7 +32,7 @@ from alignpipe.models.sharding import HALF, shard
 from alignpipe.models.threads import fit_threads
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task
-from alignpipe.training.checkpoint import load_newest_state, save_state
+from alignpipe.training.checkpoint import ANEW, load_newest_state, save_state
 from alignpipe.training.gradients import LossScale
 from alignpipe.training.journal import Journal
 from alignpipe.training.metrics import MetricLog
@@ -63,6 +63,8 @@ class Context:
         stop: whether a signal came.
         loss_scale: of float16 gradients.
         step: optimizer updates done; what training draws, it draws for a step.
+        parents: the artifacts that the stage reads, by role; a state belongs to them.
+        left_out: steps that were left out because a number was not finite.
     """
 
     task: Task
@@ -72,6 +74,9 @@ class Context:
     stop: StopSignal
     loss_scale: LossScale = field(default_factory=LossScale)
     step: int = 0
+    parents: Mapping[str, Parent] = field(default_factory=dict)
+    left_out: int = 0
+    _warned: set[str] = field(default_factory=set)
     # A stage reads its file once, though it takes what it trains on and what it holds out from it.
     _read: dict[tuple[str, type[Record]], list[RecordSet]] = field(default_factory=dict)
 
@@ -114,6 +119,31 @@ class Context:
         """
         if self.stopping():
             self.stop.end()
+
+    def leave_out(self, error: NumericalError, numbers: Sequence[int], limit: int) -> None:
+        """Leave a step out because a number in it is not finite, if that may be done once more.
+
+        Args:
+            error: with the places of the rows in the step that it comes from.
+            numbers: of the rows of the step, in the order of the data.
+            limit: steps that may be left out.
+
+        Raises:
+            NumericalError: no more steps may be; it names the rows.
+        """
+        named = dict.fromkeys(numbers[place] for place in error.rows or range(len(numbers)))
+        told = f"{self.task.name}: {error}; rows {listed(named)} of those it learns from"
+        if self.left_out >= limit:
+            raise NumericalError(
+                f"{told}; look at them, lower learning_rate, or leave such steps out with max_left_out"
+            ) from error
+        self.left_out += 1
+        self.progress.say(f"warning: {told}; the step is left out, {self.left_out} of {limit} that may be")
+
+    @property
+    def left_out_figures(self) -> dict[str, float]:
+        """How many steps were left out, for the figures; nothing where none was."""
+        return {"left_out": self.left_out} if self.left_out else {}
 
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
@@ -226,7 +256,7 @@ class Context:
 
     def journal(self, name: str) -> Journal:
         """A file of finished items, kept while the stage is under way."""
-        return Journal(self.task.work / f"{name}.journal.jsonl")
+        return Journal(self.task.work / f"{name}.journal")
 
     def save(
         self,
@@ -236,14 +266,13 @@ class Context:
         values: Mapping[str, Any],
     ) -> None:
         """Save a state to go on from."""
-        scale = {"loss_scale": [self.loss_scale.value, self.loss_scale.good_steps]}
-        save_state(
-            self.states,
-            step,
-            modules,
-            optimizers,
-            {**scale, **values, WRITTEN: self.metrics.written(), "step": step},
-        )
+        own = {
+            "step": step,
+            WRITTEN: self.metrics.written(),
+            "left_out": self.left_out,
+            "loss_scale": [self.loss_scale.value, self.loss_scale.good_steps],
+        }
+        save_state(self.states, step, modules, optimizers, {**values, **own}, self.parents)
 
     def save_checkpoint(self, model: PreTrainedModel, tokenizer: Tokenizer, kind: ModelKind) -> None:
         """Write the model as the stage's result, and open it once more as any user would.
@@ -269,17 +298,42 @@ class Context:
         processes.from_main(lambda: remove_tree(folder))
         return whole
 
-    def resume(self, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+    def resume(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        names: Iterable[str] = (),
+    ) -> dict[str, Any]:
         """Go back to the newest valid state.
+
+        Args:
+            modules: as they are saved.
+            optimizers: as they are saved.
+            names: of the values that the stage saves.
 
         Returns:
             Its values; `{"step": 0}` when the stage starts afresh.
+
+        Raises:
+            CheckpointError: there are states, but none is whole and of this stage.
         """
-        values = load_newest_state(self.states, modules, optimizers) or {"step": 0}
-        if "loss_scale" in values:
-            self.loss_scale = LossScale(*values["loss_scale"])
-        self.metrics.rewind(values.get(WRITTEN, {}))
+        values = load_newest_state(self.states, modules, optimizers, self.parents, self.warn)
+        if values is None:
+            self.metrics.rewind({})
+            return {"step": 0}
+        lacking = [name for name in ("step", WRITTEN, "left_out", "loss_scale", *names) if name not in values]
+        if lacking:
+            raise CheckpointError(f"{self.states}: the newest state has no {', '.join(lacking)}; {ANEW}")
+        self.left_out = values["left_out"]
+        self.loss_scale = LossScale(*values["loss_scale"])
+        self.metrics.rewind(values[WRITTEN])
         return values
+
+    def warn(self, line: str) -> None:
+        """Say once what a person should look at."""
+        if line not in self._warned:
+            self._warned.add(line)
+            self.progress.say(f"warning: {self.task.name}: {line}")
 
 
 def load_tokenizer(source: ModelSource, fallback_template: str) -> Tokenizer:

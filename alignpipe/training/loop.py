@@ -46,10 +46,12 @@ class StepOutput:
     Attributes:
         losses: one value per item, of any shape, zero where there is no item; never reduced.
         metrics: name -> (sum over the micro-batch, count it is a mean over).
+        rows: of the micro-batch, whose losses stand first, second, ...; None where they stand in its order.
     """
 
     losses: Tensor
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rows: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,15 @@ def fit(
         The held-out figures of the weights that the model ends with.
 
     Raises:
-        NumericalError: a loss or gradient is not finite; the weights are those of the last good step.
+        NumericalError: a loss or gradient is not finite, and no such step may be left out; the weights are those of the
+            last good step.
         Stopped: a signal came; the state is saved.
     """
     optimizer = make_optimizer(model, config)
     total = num_steps(config, len(rows))
     watcher = watcher or Unwatched()
     modules = {"model": model, **watcher.modules}
-    state = context.resume(modules, {"model": optimizer})
+    state = context.resume(modules, {"model": optimizer}, watcher.values())
     first = done = int(state["step"])
     watcher.begin(state, total)
     order = batches(config.seed, len(rows), config.batch_size, start=first * config.batch_size)
@@ -151,16 +154,24 @@ def fit(
     context.progress.begin("training", total, first)
     model.train()
     for step in range(first, total):
-        batch = prepare([rows[index] for index in next(order)])
+        chosen = next(order)
+        batch: Sequence[AnyRow] = [rows[index] for index in chosen]
         context.step = step
         set_learning_rate(optimizer, config.learning_rate * schedule(step, total, config))
-        for name, (value, count) in optimizer_step(model, optimizer, batch, loss_fn, config, context).items():
+        try:
+            batch = prepare(batch)
+            found = optimizer_step(model, optimizer, batch, loss_fn, config, context)
+        except NumericalError as error:
+            context.leave_out(error, chosen, config.max_left_out)
+            found = {}
+        for name, (value, count) in found.items():
             averages.add(name, value, count)
         tokens += sum(row.num_tokens for row in batch)
         context.step = done = step + 1
         if done % config.log_steps == 0 or done == total:
             rate = optimizer.param_groups[0]["lr"]
-            figures = context.metrics.log(done, {**averages.means(), "learning_rate": rate}, tokens=tokens)
+            means = {**averages.means(), "learning_rate": rate, **context.left_out_figures}
+            figures = context.metrics.log(done, means, tokens=tokens)
             averages, tokens = Averages(), 0
             context.progress.update(done, figures)
         if config.eval_steps is not None and done % config.eval_steps == 0 and done != total:
@@ -203,8 +214,12 @@ def optimizer_step(
     """
     terms = [Term(rows, loss_fn), *more]
     figures: dict[str, tuple[float, float]] = {}
+    culprits: set[int] = set()
     for term in terms:
-        figures |= _add_gradients(model, term, config, context)
+        added, not_finite = _add_gradients(model, term, config, context)
+        figures |= added
+        if term is terms[0]:
+            culprits = not_finite
     sum_gradients(model.parameters())
     figures = processes.sum_figures(figures)
     losses = {term.name: figures[term.name][0] for term in terms}
@@ -214,10 +229,9 @@ def optimizer_step(
     if not all(map(math.isfinite, losses.values())) or not (overflow or math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         told = ", ".join(f"{name} {loss}" for name, loss in losses.items())
-        raise NumericalError(
-            f"{context.task.name}: {told}, gradient norm {norm}: not finite; "
-            f"lower learning_rate ({config.learning_rate:g}) or look at the rows of this step"
-        )
+        error = NumericalError(f"{told}, gradient norm {norm}: not finite at step {context.step}")
+        error.rows = tuple(sorted(processes.union(culprits)))
+        raise error
     if not overflow:
         step_with_moments(optimizer, offload=context.task.launch.optimizer_offload)
     optimizer.zero_grad(set_to_none=True)
@@ -227,19 +241,35 @@ def optimizer_step(
 
 def _add_gradients(
     model: PreTrainedModel, term: Term[AnyRow], config: OptimizerConfig, context: Context
-) -> dict[str, tuple[float, float]]:
-    """This process's part of a term: its gradient is added to the model's, its figures are returned as (sum, count)."""
+) -> tuple[dict[str, tuple[float, float]], set[int]]:
+    """This process's part of a term: its gradient is added to the model's.
+
+    Returns:
+        Figures as (sum, count), and the places of the rows that have a loss which is not finite.
+    """
     num_items = sum(row.num_items for row in term.rows)
+    places = {id(row): place for place, row in enumerate(term.rows)}
+    not_finite: set[int] = set()
     figures = {term.name: (0.0, 0.0)}
     for micro, weight in _own_micro_batches(model, term.rows, config.micro_batch_size):
         with context.autocast(), context.saved_activations():
             output = term.loss_fn(micro)
         loss = output.losses.sum() * weight / num_items
         (loss * (context.loss_scale.value * term.weight)).backward()  # type: ignore[no-untyped-call]
-        for name, (value, count) in {term.name: (float(loss.detach()), 0.0), **output.metrics}.items():
+        told = float(loss.detach())
+        if not math.isfinite(told):
+            not_finite |= {places[id(micro[row])] for row in _rows_not_finite(output)}
+        for name, (value, count) in {term.name: (told, 0.0), **output.metrics}.items():
             before = figures.get(name, (0.0, 0.0))
             figures[name] = (before[0] + value * weight, before[1] + count * weight)
-    return figures
+    return figures, not_finite
+
+
+def _rows_not_finite(output: StepOutput) -> list[int]:
+    """Which rows of a micro-batch have a loss that is not finite."""
+    losses = output.losses.detach()
+    found = (~losses.isfinite()).reshape(len(losses), -1).any(1).nonzero().flatten().tolist()
+    return found if output.rows is None else [output.rows[place] for place in found]
 
 
 def _own_micro_batches(

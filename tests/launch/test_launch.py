@@ -127,7 +127,7 @@ def test_stuck_process_ends_the_stage_within_the_timeout(tmp_path: Path) -> None
     began = time.monotonic()
     told = _ends(command, 7)
     assert time.monotonic() - began < 60
-    assert "lost the others" in told and "launch.timeout=20 s" in told
+    assert "rank0 lost rank1 (" in told and "launch.timeout=20 s" in told
     assert _gone(workers)
 
 

@@ -1,6 +1,7 @@
 """The shared loop: one division a step, the same numbers however it is cut or interrupted."""
 
 import json
+import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,6 +56,7 @@ def config() -> SFTConfig:
         eval_rows=4,
         save_steps=2,
         log_steps=1,
+        max_left_out=0,
         max_prompt_length=8,
         max_response_length=8,
         temperature=1.0,
@@ -219,9 +221,45 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         output = _loss_fn(model)(micro)
         return StepOutput(output.losses * value)
 
-    with pytest.raises(NumericalError, match="stage: loss"):
+    with pytest.raises(NumericalError, match="loss"):
         optimizer_step(model, make_optimizer(model, config), rows[:8], broken, config, make_context(config))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_rows_with_a_loss_that_is_not_finite_are_named(
+    config: SFTConfig, rows: list[Example], make_llama: MakeModel, make_context: MakeContext
+) -> None:
+    model, context = make_llama(), make_context(config)
+    broken = (rows[3], rows[7])
+
+    def loss_fn(micro: Sequence[Example]) -> StepOutput:
+        losses = _loss_fn(model)(micro).losses
+        added = torch.tensor([math.nan if any(row is one for one in broken) else 0.0 for row in micro])
+        return StepOutput(losses + added[:, None])
+
+    with pytest.raises(NumericalError, match="not finite") as caught:
+        optimizer_step(model, make_optimizer(model, config), rows[:8], loss_fn, config, context)
+    assert caught.value.rows == (3, 7)
+    with pytest.raises(NumericalError, match=r"rows 103, 107 of those it learns from; .*max_left_out$"):
+        context.leave_out(caught.value, range(100, 108), 0)
+
+
+def test_step_that_is_left_out_is_counted_across_an_interruption(
+    config: SFTConfig, rows: list[Example], make_llama: MakeModel, make_context: MakeContext
+) -> None:
+    config, model = replace(config, max_left_out=1, epochs=1.0), make_llama()
+
+    def loss_fn(micro: Sequence[Example]) -> StepOutput:
+        output = _loss_fn(model)(micro)
+        return StepOutput(output.losses * math.nan) if context.step == 0 else output
+
+    context = make_context(config)
+    fit(model, rows, loss_fn, config, context, _nothing)
+    assert context.left_out == 1
+    again = make_context(config)
+    again.resume({"model": model}, {"model": make_optimizer(model, config)})
+    assert again.left_out == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_gradients_are_clipped_to_the_norm(
