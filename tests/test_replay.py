@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from alignpipe.artifact import MANIFEST, sha256_file
+from alignpipe.artifact import Manifest, read_manifest, seal
 from alignpipe.errors import CheckpointError, ConfigError
 from alignpipe.replay import Replay, check_promise, replay
 from alignpipe.training.metrics import METRICS
@@ -21,23 +21,27 @@ def _replay(project: Project, stage: str | None, steps: int = 2) -> list[Replay]
     return replay(project.outputs, None, stage, steps, QUIET)
 
 
+def _stage(project: Project, stage: str) -> tuple[Path, Manifest]:
+    (folder,) = (project.outputs / "stages").glob(f"{stage}-*")
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return folder, manifest
+
+
 def _forge(project: Project, stage: str, name: str, change: float) -> None:
     """Change a recorded figure of every step, and the hash with it, as if the stage had computed that."""
-    (folder,) = (project.outputs / "stages").glob(f"{stage}-*")
+    folder, manifest = _stage(project, stage)
     path = folder / METRICS
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     changed = [row | {name: row[name] + change} if name in row else row for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in changed))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][METRICS] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    seal(folder, manifest)
 
 
 def _remember(project: Project, stage: str, **versions: str) -> None:
-    (folder,) = (project.outputs / "stages").glob(f"{stage}-*")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["versions"] |= versions
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    folder, manifest = _stage(project, stage)
+    manifest.versions |= versions
+    seal(folder, manifest)
 
 
 def test_every_stage_with_steps_is_bit_identical_and_nothing_is_left_behind(copied: Project) -> None:
@@ -60,11 +64,9 @@ def test_a_stage_without_steps_is_done_whole(copied: Project) -> None:
 def test_a_stage_that_ends_before_the_step_is_compared_by_its_files(copied: Project) -> None:
     (one,) = _replay(copied, "rm", steps=10_000)
     assert one.promise == "bit-identical"
-    (folder,) = (copied.outputs / "stages").glob("rm-*")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    folder, manifest = _stage(copied, "rm")
     (folder / "README.md").write_text("another")
-    manifest["files"]["README.md"] = {"size": 7, "sha256": sha256_file(folder / "README.md")}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    seal(folder, manifest)
     (one,) = _replay(copied, "rm", steps=10_000)
     assert (one.promise, one.where) == ("differs", "README.md")
     with pytest.raises(CheckpointError, match=r"rm: README.md differs"):

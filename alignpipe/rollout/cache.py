@@ -85,7 +85,7 @@ class GroupCache(Cache):
         rows, prompts, lengths = self.rows[groups], self.prompts[groups], self.lengths[groups]
         columns = prompts + self.size * lengths + places
         self.lengths[np.unique(groups)] += 1
-        row, place, column, position, order = (
+        row, place, column, position, given = (
             torch.from_numpy(table).to(self.device)
             for table in (rows, places, columns, prompts + lengths, order)
         )
@@ -95,7 +95,7 @@ class GroupCache(Cache):
         self.queries = None if len(samples) == self._count() * self.size else row * self.size + place
         self.parts = self._parts()
         self.masks: list[Tensor] = []
-        return order, position
+        return given, position
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
