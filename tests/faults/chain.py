@@ -36,8 +36,8 @@ WORDS = (
     "model.training.rs.num_prompts=12",
     "stages.sft.data.max_rows=48",
     "model.max_response_length=8",
-    "model.training.sft.num_samples=8",
-    "model.training.dpo.num_samples=8",
+    *(f"model.training.{stage}.num_samples=4" for stage in ("sft", "dpo")),
+    *(f"model.training.{stage}.eval_rows=16" for stage in SAVED if stage != "ppo"),
     "model.training.ppo.num_rollouts=3",
     "stages.eval.text_rows=8",
     *(f"model.training.{stage}.{every}_steps=1" for stage in SAVED for every in ("save", "log")),
@@ -50,6 +50,10 @@ SHORT = (
     "model.training.sft.epochs=1",
     "model.training.sft.batch_size=4",
     "model.training.sft.max_steps=3",
+    "model.training.sft.num_samples=2",
+    "model.training.sft.eval_rows=4",
+    "model.training.collect.num_prompts=8",
+    "model.training.collect.num_samples=3",
 )
 
 
