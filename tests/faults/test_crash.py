@@ -21,7 +21,7 @@ def test_dead_at_any_operation_it_ends_with_the_same_files(
         operation["what"] for operation in operations
     }
     assert len(operations) > 200
-    tried = count(6, len(operations))
+    tried = count(4, len(operations))
     recovered = 0
     for number in (1 + place * len(operations) // tried for place in range(tried)):
         folder = tmp_path / str(number)
