@@ -319,7 +319,6 @@ class Context:
         """
         values = load_newest_state(self.states, modules, optimizers, self.parents, self.warn)
         if values is None:
-            self.metrics.rewind({})
             return {"step": 0}
         lacking = [name for name in ("step", WRITTEN, "left_out", "loss_scale", *names) if name not in values]
         if lacking:

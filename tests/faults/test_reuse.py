@@ -112,7 +112,7 @@ CASES = (
     Case("the name of the run", NONE, words=("run.name=mine",)),
     Case("how often is logged", NONE, words=("stages.sft.log_steps=2", "stages.ppo.log_steps=2")),
     Case("how often is saved", NONE, words=("stages.sft.save_steps=1", "stages.rm.save_steps=1")),
-    Case("rows in one forward", NONE, words=("stages.rm.micro_batch_size=2", "rollout.batch_size=7")),
+    Case("rows in one forward", NONE, words=("stages.rm.micro_batch_size=3", "rollout.batch_size=7")),
     Case("what it runs on", NONE, words=("launch=cpu", "model.attn_implementation=eager")),
 )
 
@@ -164,7 +164,9 @@ def test_exactly_what_depends_on_a_change_is_made_again(
     tried, right = CASES[:: len(CASES) // count(4, len(CASES))], 0
     for case in tried:
         project = changed(case)
-        plan = make_plan(project.compose(*WORDS, *case.words).config)
+        config, before = project.compose(*WORDS, *case.words).config, project.compose(*WORDS).config
+        assert not case.words or config != before, case.name
+        plan = make_plan(config)
         again = tuple(name for name in ALL if name not in plan.reused)
         assert again == case.again, f"{case.name}: {again} would be made again"
         keys.VERSIONS["rm"] = 1
