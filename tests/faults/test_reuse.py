@@ -112,7 +112,7 @@ CASES = (
     Case("the name of the run", NONE, words=("run.name=mine",)),
     Case("how often is logged", NONE, words=("stages.sft.log_steps=2", "stages.ppo.log_steps=2")),
     Case("how often is saved", NONE, words=("stages.sft.save_steps=1", "stages.rm.save_steps=1")),
-    Case("rows in one forward", NONE, words=("stages.rm.micro_batch_size=3", "rollout.batch_size=7")),
+    Case("rows in one forward", NONE, words=("stages.rm.micro_batch_size=4", "rollout.batch_size=7")),
     Case("what it runs on", NONE, words=("launch=cpu", "model.attn_implementation=eager")),
 )
 
