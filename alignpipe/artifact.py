@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.errors import CheckpointError, ConfigError, MachineError
 
 MANIFEST = "alignpipe.json"
 FORMAT = 1
@@ -73,6 +73,25 @@ def sha256_file(path: Path) -> str:
     """Hash of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, or go on in one that is there.
+
+    Raises:
+        ConfigError: it is a link: what is written into it would land where nobody looks for it.
+        MachineError: the disk refuses it.
+    """
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder}: is a link to {folder.readlink()}, and nothing is written through it; remove it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"{folder}: cannot be made ({error.strerror}); choose another output_dir"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -170,7 +189,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         raw["parents"] = {role: Parent(**parent) for role, parent in raw["parents"].items()}
         return Manifest(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a manifest ({error}); move the folder away and run the stage again"
         ) from error

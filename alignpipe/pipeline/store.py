@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from alignpipe.artifact import (
     Manifest,
     damage,
+    make_folder,
     read_manifest,
     remove_tree,
     set_aside,
@@ -97,15 +98,11 @@ class Store:
             waiting: told who holds it, every half second; may raise to give up.
 
         Raises:
-            MachineError: the folder cannot be written.
+            ConfigError: the folder is a link.
+            MachineError: it cannot be written.
         """
         work = self.work(kind, key)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MachineError(
-                f"{work}: cannot be made ({error.strerror}); choose another output_dir"
-            ) from error
+        make_folder(work)
         # Beside the folder, not in it: the folder goes away while others wait.
         lock = FileLock(f"{work}.{LOCK}")
         while True:
@@ -115,7 +112,7 @@ class Store:
             except Timeout:
                 waiting(_holder(work))
         try:
-            work.mkdir(parents=True, exist_ok=True)
+            make_folder(work)
             write_json(
                 work / HOLDER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
             )
@@ -187,7 +184,7 @@ class FileHashes:
     def save(self) -> None:
         """Keep what was learnt for the next command."""
         if self._changed:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             write_json(self._path, self._known)
 
 
