@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.disk import refusal
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.errors import CheckpointError, ConfigError, MachineError
 
 MANIFEST = "alignpipe.json"
 # 2 has a hash of the manifest itself.
@@ -119,8 +119,13 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, durably; one that is there is let be.
 
     Raises:
+        ConfigError: it is a link: what is written into it would land where nobody looks for it.
         MachineError: the disk refuses it.
     """
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder}: is a link to {folder.readlink()}, and nothing is written through it; remove it"
+        )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +197,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         raw["parents"] = {role: Parent(**parent) for role, parent in raw["parents"].items()}
         return Manifest(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not a manifest ({error}); move the folder away and run the stage again"
         ) from error

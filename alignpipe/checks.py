@@ -21,6 +21,7 @@ from alignpipe.config import (
     FixedPolicyConfig,
     GuidelineConfig,
     LaunchConfig,
+    ModelConfig,
     MonitorConfig,
     OptimizerConfig,
     PPOConfig,
@@ -33,7 +34,7 @@ from alignpipe.config import (
     has_reward,
     reward_weights,
 )
-from alignpipe.errors import ConfigError, did_you_mean
+from alignpipe.errors import ConfigError, did_you_mean, several
 
 
 def check(config: Config) -> None:
@@ -44,11 +45,12 @@ def check(config: Config) -> None:
     """
     found = list(problems(config))
     if found:
-        raise ConfigError("; ".join(found[:20]))
+        raise ConfigError(several(found))
 
 
 def problems(config: Any, path: str = "") -> Iterator[str]:
     """Every value out of its bounds, as `key: what is wrong`."""
+    is_bounded = True
     for spec in fields(config):
         value = getattr(config, spec.name)
         key = f"{path}.{spec.name}" if path else spec.name
@@ -58,8 +60,11 @@ def problems(config: Any, path: str = "") -> Iterator[str]:
             for name, item in value.items():
                 yield from problems(item, f"{key}.{name}")
         elif (complaint := _complaint(value, dict(spec.metadata))) is not None:
+            is_bounded = False
             yield f"{key}: {complaint}"
-    yield from _relations(config, path)
+    # They take each value to be one that is allowed, and divide by some.
+    if is_bounded:
+        yield from _relations(config, path)
 
 
 def _complaint(value: Any, rule: dict[str, Any]) -> str | None:
@@ -109,6 +114,15 @@ def _compile_relations(config: Config, _at: str) -> Iterator[str]:
         yield f"model.compile: not with adapter={config.adapter.kind}, whose roles share their blocks; leave one out"
     if config.launch.strategy in SHARDED:
         yield f"model.compile: not with launch={config.launch.strategy}, whose blocks gather weights; leave one out"
+
+
+def _trust_relations(config: ModelConfig, at: str) -> Iterator[str]:
+    trusted = config.trust_remote_code
+    if trusted is not None and trusted != config.path:
+        yield (
+            f"{at}trust_remote_code: {trusted} is not the model that is opened; trust {at}path={config.path} by that "
+            f"name if you have read its code, or leave it out"
+        )
 
 
 def _trained_while_sampled(engine: str, stages: dict[str, StageConfig]) -> Iterator[str]:
@@ -248,7 +262,7 @@ def _rs_relations(config: RSConfig, at: str) -> Iterator[str]:
     if wanted is not None and not config.pool and getattr(config, wanted) > config.num_samples:
         yield (
             f"{at}{wanted}: {getattr(config, wanted)} responses a prompt are to be kept, num_samples is only "
-            f"{config.num_samples}"
+            f"{config.num_samples}; lower the one or raise the other"
         )
     if config.min_response_length >= config.max_response_length:
         yield (
@@ -333,6 +347,7 @@ def _nearest_multiples(value: int, step: int) -> str:
 RELATIONS: tuple[tuple[type, Callable[[Any, str], Iterator[str]]], ...] = (
     (Config, _engine_relations),
     (Config, _compile_relations),
+    (ModelConfig, _trust_relations),
     (SharesConfig, _shares_relations),
     (GuidelineConfig, _guideline_relations),
     (DataConfig, _mixture_relations),

@@ -14,12 +14,16 @@ import typer
 from rich.console import Console
 
 from alignpipe import __version__
-from alignpipe.errors import AlignpipeError, ConfigError, MachineError, did_you_mean
+from alignpipe.errors import AlignpipeError, ConfigError, MachineError, as_line, did_you_mean
+from alignpipe.secrets import hide_secrets
 
 WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
 RunName = Annotated[str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")]
 OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+# A flag or argument that typer itself refuses, whichever click it brings along.
+MisusedCommand: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="From a base language model to an aligned one: SFT, reward model, rejection sampling, PPO, DPO.",
@@ -38,16 +42,23 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _check_command(sys.argv[1:])
-        app()
+        sys.exit(app(standalone_mode=False))
     except AlignpipeError as error:
-        _error_console().print(f"error: {' '.join(str(error).split())}", markup=False, soft_wrap=True)
+        _tell(str(error))
         sys.exit(error.exit_code)
+    except MisusedCommand as error:
+        _tell(f"{error.format_message().rstrip('.')}; what there is: alignpipe --help")
+        sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         # The reader went away; what is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _tell(message: str) -> None:
+    _error_console().print(f"error: {as_line(hide_secrets(message))}", markup=False, soft_wrap=True)
 
 
 def _check_command(argv: list[str]) -> None:
@@ -233,4 +244,6 @@ def check_data(
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    # Half a character, which a file may hold, comes out as JSON spells it.
+    text = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    typer.echo(text)

@@ -229,6 +229,7 @@ class ModelConfig:
 
     path: str = plain(in_key=False)
     revision: str | None = plain(in_key=False)
+    trust_remote_code: str | None = plain(in_key=False)
     chat_template: str = plain()
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2", in_key=False)

@@ -34,8 +34,8 @@ def refusal(path: Path, why: object, needed: int | None = None) -> MachineError:
     reason = why.strerror if isinstance(why, OSError) else why
     needs = "" if needed is None else f"needs {format_bytes(needed)}, "
     return MachineError(
-        f"{path}: cannot be written ({reason}); {needs}has {_room(path)}; make room or look at its permissions, "
-        f"then run the same command"
+        f"{path}: cannot be written ({reason}); {needs}has {_room(path)}; make room, mend its permissions or "
+        f"choose another output_dir"
     )
 
 

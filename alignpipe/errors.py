@@ -1,7 +1,12 @@
 """What a user can cause, as one line: what is wrong and where, what was expected, how to mend it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# Characters of a line that tells an error, with the word before it.
+LINE = 290
+# Of them, those kept of the end of a longer one, where the mend stands.
+TAIL = 120
 
 
 class AlignpipeError(Exception):
@@ -68,6 +73,34 @@ def listed(numbers: Iterable[int], most: int = 8) -> str:
     numbers = list(numbers)
     shown = ", ".join(map(str, numbers[:most]))
     return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
+
+
+def printable(text: str) -> str:
+    r"""A text of which a terminal obeys nothing: control, direction and half characters are spelled out.
+
+    >>> print(printable("red \x1b[31m"))
+    red \x1b[31m
+    """
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
+
+
+def as_line(text: str) -> str:
+    """A message in one line that fits a terminal; a longer one is cut in its middle."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= LINE else f"{line[: LINE - TAIL - 5]} ... {line[-TAIL:]}"
+
+
+def several(problems: Sequence[str]) -> str:
+    """The problems in one line: as many as fit it, at least the first, and how many more there are."""
+    told = problems[0]
+    for number, problem in enumerate(problems[1:], 1):
+        more = f"; and {len(problems) - number} more"
+        if len(told) + len(problem) + len(more) + 2 > LINE:
+            return told + more
+        told = f"{told}; {problem}"
+    return told
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -41,7 +41,10 @@ def show(line: Line, argv: list[str]) -> str:
     Raises:
         ConfigError: the words do not compose.
     """
-    if "--cfg" in line.flags and not line.multirun:
+    # Hydra's own front calls what a configuration names; so it gets none that was not looked at.
+    if line.multirun:
+        compose_sweep(line)
+    else:
         compose(argv)
     words = prepared_words(line)
     printed = io.StringIO()

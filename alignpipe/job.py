@@ -22,8 +22,9 @@ from rich.text import Text
 from alignpipe.artifact import write_text
 from alignpipe.compose.composition import Composed, compose
 from alignpipe.compose.rerun import rerun_yaml
-from alignpipe.errors import AlignpipeError, Stopped
+from alignpipe.errors import AlignpipeError, Stopped, as_line
 from alignpipe.pipeline.runner import run
+from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.sweep import JOB, STOP, JobResult, read_result, write_result
 
@@ -56,11 +57,11 @@ def run_here(composed: Composed, folder: Path) -> JobResult:
     except Stopped as error:
         result = replace(result, state="stopped", error=str(error))
     except AlignpipeError as error:
-        result = replace(result, state="failed", error=str(error))
+        result = replace(result, state="failed", error=as_line(hide_secrets(str(error))))
     except Exception as error:
-        write_text(folder / ERROR_LOG, traceback.format_exc())
+        write_text(folder / ERROR_LOG, hide_secrets(traceback.format_exc()))
         told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; see {folder / ERROR_LOG}"
-        result = replace(result, state="failed", error=told)
+        result = replace(result, state="failed", error=as_line(hide_secrets(told)))
     if result.error is not None:
         Console(stderr=True, highlight=False).print(Text(f"error: {result.error}"), soft_wrap=True)
     write_result(folder, result)

@@ -31,6 +31,7 @@ class ModelInput:
         revision: commit of a hub id.
         kind: kind of the stage that made it; None for weights from elsewhere.
         key: identity of the weights: a stage's key or a hash.
+        trusted: the code that comes with them may run.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelInput:
     revision: str | None = None
     kind: str | None = None
     key: str = ""
+    trusted: bool = False
 
 
 @dataclass(frozen=True)

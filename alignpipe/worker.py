@@ -34,6 +34,7 @@ from alignpipe.artifact import (
 )
 from alignpipe.disk import refusals
 from alignpipe.errors import AlignpipeError, MachineError, ProcessLost
+from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.stages import STAGES
 from alignpipe.task import ERRORS, LAUNCHER, STOP, Task, read_task
@@ -202,7 +203,8 @@ def _leave_error(task: Task, number: int, message: str, code: int, trace: str | 
     """Say how this process failed, for the command to find the first one."""
     folder = task.work / ERRORS
     folder.mkdir(exist_ok=True)
-    outcome = {"time": time.time(), "message": message, "exit_code": code, "trace": trace}
+    told = {"message": hide_secrets(message), "trace": None if trace is None else hide_secrets(trace)}
+    outcome = {"time": time.time(), "exit_code": code, **told}
     write_json(folder / f"rank{number}.json", outcome)
 
 

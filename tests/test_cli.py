@@ -175,7 +175,7 @@ def test_listing_of_nothing_is_no_mistake(
 def test_message_of_several_lines_is_told_in_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise DataError("first\nsecond [bold]x[/bold]")
 
     monkeypatch.setattr(cli, "app", fail)
@@ -183,7 +183,7 @@ def test_message_of_several_lines_is_told_in_one(
 
 
 def test_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt() -> None:
+    def interrupt(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupt)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -24,12 +26,13 @@ from yaml import YAMLError
 from alignpipe.checks import problems
 from alignpipe.compose import explain, rounds, words, yaml_files
 from alignpipe.compose.command_line import CONFIG_NAME, Line, read_line
-from alignpipe.compose.guards import check_values, check_words, hide_secrets
+from alignpipe.compose.guards import check_hydra, check_values, check_words
 from alignpipe.compose.strict import check_keys, own_problems
 from alignpipe.config import Config, register
-from alignpipe.errors import ConfigError
+from alignpipe.errors import ConfigError, several
 from alignpipe.gates import find_gates
 from alignpipe.objective import check_objective
+from alignpipe.secrets import hide_secrets
 
 TASK_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError, RecursionError)
 
@@ -63,6 +66,26 @@ def built_in_folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
+class CheckedSource(FileConfigSource):
+    """A folder of YAML files of the user's, each looked at before Hydra parses it."""
+
+    @staticmethod
+    def scheme() -> str:
+        """What the path of such a folder begins with."""
+        return "checked"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Read one file.
+
+        Raises:
+            ConfigError: it is broken, or names code.
+        """
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            yaml_files.check_file(path)
+        return super().load_config(config_path)
+
+
 class UserFolder(SearchPathPlugin):
     """Puts the user's folder before the built-in one; Hydra's own --config-dir comes after it and loses."""
 
@@ -71,7 +94,7 @@ class UserFolder(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Insert the folder, if there is one."""
         if UserFolder.folder is not None:
-            search_path.prepend("user", f"file://{UserFolder.folder}", anchor="main")
+            search_path.prepend("user", f"{CheckedSource.scheme()}://{UserFolder.folder}", anchor="main")
 
 
 def setup(folder: Path | None) -> None:
@@ -82,6 +105,7 @@ def setup(folder: Path | None) -> None:
     """
     register()
     UserFolder.folder = folder
+    Plugins.instance().register(CheckedSource)
     Plugins.instance().register(UserFolder)
     if folder is not None:
         for path in user_files():
@@ -186,6 +210,7 @@ def compose_words(overrides: list[str], config_name: str) -> Composed:
     """
     with explained(overrides):
         raw = hydra.compose(config_name, overrides, return_hydra_config=True)
+        check_hydra(raw.hydra)
         choices = {str(group): str(option) for group, option in raw.hydra.runtime.choices.items()}
         return checked(raw, overrides, choices)
 
@@ -260,4 +285,4 @@ def _check_whole(config: Config) -> None:
     check_values(config, built_in_folder(), UserFolder.folder)
     found = list(own_problems(problems(config)))
     if found:
-        raise ConfigError("; ".join(found[:20]))
+        raise ConfigError(several(found))

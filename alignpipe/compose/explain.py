@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -144,10 +145,16 @@ def _missing_option(error: MissingConfigException) -> str:
     where = re.match(r"In '([^']+)'", str(error))
     at = f"{where[1]}.yaml: " if where and where[1] != "config" else ""
     listed = re.findall(r"^\t([\w-]+)$", str(error), re.MULTILINE)
-    options = sorted(set(error.options or listed))
+    options = sorted({*(error.options or []), *listed} or _options(group))
     if not group:
         return f"{at}there is no configuration file {option!r}. {did_you_mean(option, options)}"
     return f"{at}there is no option {option!r} in the group {group!r}. {did_you_mean(option, options)}"
+
+
+def _options(group: str) -> set[str]:
+    """The options of a group, where a composition is under way: Hydra lists them for words alone."""
+    hydra = GlobalHydra.instance()
+    return set(hydra.config_loader().get_group_options(group)) if hydra.is_initialized() else set()
 
 
 def _key_of(error: BaseException, text: str) -> str:
@@ -253,6 +260,8 @@ def _complaint(error: BaseException, text: str, tree: Callable[[], Tree]) -> str
             source = re.search(r"dereferencing interpolation '([^']+)'", text)
             origin = f", from {source[1]}" if source else ""
             return f"expected {expected}" + (f", got {value[1]!r}{origin}" if value else "")
+    if "Recursive interpolation" in text:
+        return "takes its value from itself, by way of others; give one of them a value"
     if isinstance(error, InterpolationResolutionError | UnsupportedInterpolationType | GrammarParseError):
         return " ".join(text.split("\n")[0].split())
     if re.search(r"is not a subclass of|Cannot assign|Merge error", text):

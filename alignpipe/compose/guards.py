@@ -7,9 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from alignpipe.compose.yaml_files import CODE_KEYS, key_lines
 from alignpipe.config import BASE, KINDS, LATEST, NEWEST, Config, StageConfig
-from alignpipe.errors import ConfigError, MachineError, did_you_mean
+from alignpipe.errors import ConfigError, MachineError, did_you_mean, several
+from alignpipe.secrets import hide_secrets, holds_secret
 
 PIPELINES = (
     "llama2_style",
@@ -27,16 +31,17 @@ _PLUGINS = {
     "hydra/launcher=submitit_slurm": ("hydra_submitit_launcher", "slurm"),
     "hydra/sweeper=optuna": ("hydra_optuna_sweeper", "sweep"),
 }
-_SECRETS = (
-    re.compile(r"\bhf_[A-Za-z0-9]{16,}"),
-    re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"),
-    re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
-    re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
-    re.compile(r"://[^/\s:@]+:[^/\s@]+@"),
-)
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Windows gives these names to devices, with any suffix; a run may be copied there.
 _DEVICE_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+# A table given as a value: key={_target_: ...}.
+_NAMES_CODE = re.compile(rf"(?<!\w)({'|'.join(CODE_KEYS)})['\"]?\s*:")
+# Keys whose values Hydra and logging call, and the classes that may stand there: of plugins, and none by another way.
+_CALLED = ("_target_", "()", "class")
+_CLASSES = re.compile(
+    r"hydra_plugins\.\w+\.\w+\.\w+(Launcher|Sweeper)|hydra\._internal\.core_plugins\.basic_\w+\.Basic\w+|"
+    r"optuna\.samplers\.\w+Sampler|logging\.(Stream|File)Handler"
+)
 _READS = re.compile(r"\$\{model\.training\.(\w+)\.(\w+)\}")
 
 
@@ -50,9 +55,9 @@ def check_words(words: list[str]) -> None:
     for word in words:
         _check_plugin(word)
         key, equals, value = word.partition("=")
-        if _is_secret(value):
-            raise ConfigError(_secret(key))
-        if any(name in re.split(r"[.@+~]", key) for name in CODE_KEYS):
+        if holds_secret(word):
+            raise ConfigError(_secret(hide_secrets(key)))
+        if any(name in re.split(r"[.@+~]", key) for name in CODE_KEYS) or _NAMES_CODE.search(value):
             raise ConfigError(
                 f"{key}: refused, no configuration names code to run; a stage is chosen by its kind"
             )
@@ -70,6 +75,43 @@ def _check_plugin(word: str) -> None:
     # The package that holds all plugins is itself not there while none is installed.
     if plugin and (find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None):
         raise MachineError(f"{word}: its plugin is not installed; pip install 'alignpipe[{extra}]'")
+
+
+def check_hydra(settings: DictConfig) -> None:
+    """Refuse what Hydra would call besides its own launchers and sweepers, wherever it came from.
+
+    Args:
+        settings: Hydra's own part of a composition, which may still hold interpolations.
+
+    Raises:
+        ConfigError: a callback, or a class of somebody else's.
+    """
+    for name in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging"):
+        section = settings.get(name) or {}
+        if any(not _CLASSES.fullmatch(target) for target in _called(section)) or (
+            name == "callbacks" and section
+        ):
+            raise ConfigError(
+                f"hydra.{name}: refused, no configuration names code to run; leave it out, "
+                f"or take a launcher or sweeper by hydra/launcher=NAME, hydra/sweeper=NAME"
+            )
+
+
+def _called(node: Any) -> Iterator[str]:
+    """What a tree names to be called, interpolations followed."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        try:
+            value = None if OmegaConf.is_missing(node, key) else node[key]
+        except OmegaConfBaseException:
+            # Nothing could be made of it either.
+            continue
+        if key in _CALLED:
+            yield str(value)
+        elif isinstance(value, dict | list):
+            # As a resolver gives it.
+            yield from _called(OmegaConf.create(value))
+        elif OmegaConf.is_config(value):
+            yield from _called(value)
 
 
 def check_values(config: Config, built_in: Path, user: Path | None) -> None:
@@ -91,18 +133,7 @@ def check_values(config: Config, built_in: Path, user: Path | None) -> None:
         *_secrets(config),
     ]
     if found:
-        raise ConfigError("; ".join(found[:20]))
-
-
-def hide_secrets(text: str) -> str:
-    """A text with everything that looks like a secret blotted out."""
-    for pattern in _SECRETS:
-        text = pattern.sub("***", text)
-    return text
-
-
-def _is_secret(value: str) -> bool:
-    return any(pattern.search(value) for pattern in _SECRETS)
+        raise ConfigError(several(found))
 
 
 def _secret(key: str) -> str:
@@ -110,9 +141,9 @@ def _secret(key: str) -> str:
 
 
 def _secrets(config: Config) -> Iterator[str]:
-    for key, value in _leaves(asdict(config), ""):
-        if isinstance(value, str) and _is_secret(value):
-            yield _secret(key)
+    texts = {key: value for key, value in _leaves(asdict(config), "") if isinstance(value, str)}
+    if holds_secret("\n".join(texts.values())):
+        yield from (_secret(key) for key, value in texts.items() if holds_secret(value))
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

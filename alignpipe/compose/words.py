@@ -27,7 +27,7 @@ _OPEN = re.compile(
 )
 _TAKES_PATH = re.compile(
     r"(.*\.)?(path|policy|previous|reference|reward_model|selection_model|win_rate_against|templates|function|gate\.model|"
-    r"chat_template|output_dir)"
+    r"chat_template|trust_remote_code|output_dir)"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zip", ".yaml")

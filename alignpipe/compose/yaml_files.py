@@ -14,7 +14,19 @@ import yaml
 from alignpipe.errors import ConfigError
 
 MAX_NODES = 10_000
-CODE_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+MAX_BYTES = 1_000_000
+# Keys by which Hydra calls what a file names, or looks for more files in packages.
+CODE_KEYS = (
+    "_target_",
+    "_partial_",
+    "_recursive_",
+    "_convert_",
+    "_args_",
+    "callbacks",
+    "custom_search_space",
+    "env_set",
+    "searchpath",
+)
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {
     _TAG + name for name in ("str", "int", "float", "bool", "null", "map", "seq", "merge", "timestamp")
@@ -48,10 +60,16 @@ def check_file(path: Path) -> None:
     Raises:
         ConfigError: with file:line and what to write instead.
     """
-    node = _tree(path)
+    try:
+        _check_tree(_tree(path), path)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deep to be read; write it flat") from error
+
+
+def _check_tree(node: yaml.Node | None, path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         what = (
-            "is empty"
+            "is empty; write `key: value` lines into it, or remove it"
             if node is None
             else "must hold `key: value` lines at its top, not a list or a single value"
         )
@@ -84,6 +102,10 @@ def find_key(paths: list[Path], key: str) -> tuple[Path, int] | None:
 
 def _tree(path: Path) -> yaml.Node | None:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(
+                f"{path}: more than {MAX_BYTES:,} bytes; no configuration is so long, is it data?"
+            )
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
@@ -149,7 +171,7 @@ def _check_keys(node: yaml.MappingNode, path: Path) -> None:
         name = str(key.value)
         if name in CODE_KEYS:
             raise ConfigError(
-                f"{path}:{line}: {name} is refused, a configuration names no code; stages are chosen by kind"
+                f"{path}:{line}: {name} is refused, no configuration names code to run; stages are chosen by kind"
             )
         if name in seen and key.tag != f"{_TAG}merge":
             raise ConfigError(

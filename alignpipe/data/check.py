@@ -32,6 +32,7 @@ from alignpipe.data.sources import (
     scan,
 )
 from alignpipe.data.tokenizer import Tokenizer
+from alignpipe.errors import printable
 
 # Record type -> the stages it suits, in the order of a pipeline. The first that a data set can serve is read.
 STAGES: dict[RecordType, tuple[str, ...]] = {
@@ -262,9 +263,9 @@ def print_report(report: DataReport, console: Console) -> None:
     }
     for name, fact in facts.items():
         if fact:
-            console.print(f"{name:<16}{fact}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{name:<16}{printable(fact)}", markup=False, highlight=False, soft_wrap=True)
     for group in report["bad"]:
-        line = f"{'bad rows':<16}{group['rows']}: {group['reason']} (first {group['first']})"
+        line = printable(f"{'bad rows':<16}{group['rows']}: {group['reason']} (first {group['first']})")
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not report["bad_allowed"]:
         console.print(

@@ -84,7 +84,7 @@ def messages_of(value: Any, name: str) -> tuple[Message, ...]:
         said = turn["role"] if "role" in turn else turn.get("from")
         role = _ROLES.get(said.lower()) if isinstance(said, str) else None
         if role is None:
-            raise RowFault(f"{at} has role {said!r}, expected system, user or assistant")
+            raise RowFault(f"{at} has role {said!r:.40}, expected system, user or assistant")
         content = _joined(turn["content"] if "content" in turn else turn.get("value"))
         extra = turn.get("input")
         text = text_of(content, f"{at} ({role})")

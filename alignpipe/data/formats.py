@@ -39,6 +39,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "system": ("system", "system_prompt"),
 }
+# Columns that a message names.
+MAX_NAMED = 8
 # Fields that a row may leave out.
 _OPTIONAL = ("input", "margin", "ranks", "system")
 # NeMo's name for the prompt of a ranked list; elsewhere `context` is often a document.
@@ -165,7 +167,9 @@ def _turn_style(turns: Any, default: str) -> str:
 
 def _have(first: Mapping[str, Any], column: str = "") -> str:
     close = nearest(column, first) if column else None
-    return f"It has the columns {', '.join(first) or '(none)'}" + (
+    names = [str(name)[:40] for name in first]
+    more = f", ... {len(names)} in all" if len(names) > MAX_NAMED else ""
+    return f"It has the columns {', '.join(names[:MAX_NAMED]) or '(none)'}{more}" + (
         f"; did you mean {close}?" if close else ""
     )
 

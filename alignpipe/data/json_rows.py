@@ -39,7 +39,7 @@ class _Decoder:
         values: dict[str, Any] = {}
         for name, value in pairs:
             if name in values:
-                self._faults.append(f"column {name!r} stands there twice")
+                self._faults.append(f"column {name!r:.40} stands there twice")
             values[name] = value
         return values
 

@@ -71,12 +71,14 @@ def open_data(path: Path) -> BinaryIO:
     Raises:
         DataError: It is empty, unreadable, UTF-16, or not what its suffix says.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file; give one, or a folder of them")
     try:
         handle = path.open("rb")
+        head = handle.read(4)
+        handle.seek(0)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; check its name and permissions") from error
-    head = handle.read(4)
-    handle.seek(0)
     suffix = path.suffix.lower()
     complaint = None
     if not head:

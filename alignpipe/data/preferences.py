@@ -69,11 +69,21 @@ def _margin(values: Mapping[str, Any], name: str) -> float | Degree | None:
             value = float(word)
     if value is None or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    number = _finite(value)
+    if number is None or number < 0:
         raise RowFault(
             f"{name} holds {str(value)[:20]!r}, expected a number of at least 0 or one of {', '.join(DEGREES)}"
         )
-    return float(value)
+    return number
+
+
+def _finite(value: Any) -> float | None:
+    """A number that is one, or None; an integer may be too long for it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def _side(value: Any, name: str, prompt: tuple[Message, ...] | None) -> _Side:
@@ -144,10 +154,13 @@ def _numbers(value: Any, name: str, count: int) -> list[float]:
     items = list_of(value, name)
     if len(items) != count:
         raise RowFault(f"{name} holds {len(items)}, expected {count}, one a response")
+    numbers = []
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+        number = _finite(item)
+        if number is None:
             raise RowFault(f"{name} holds {str(item)[:20]!r}, expected a number")
-    return [float(item) for item in items]
+        numbers.append(number)
+    return numbers
 
 
 def write_rankings(

@@ -70,7 +70,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 def _header(path: Path, cells: list[str]) -> list[str]:
     if len(set(cells)) < len(cells):
         twice = next(cell for cell in cells if cells.count(cell) > 1)
-        raise DataError(f"{path}:1: column {twice!r} stands twice in the header; rename one")
+        raise DataError(f"{path}:1: column {twice!r:.40} stands twice in the header; rename one")
     return cells
 
 

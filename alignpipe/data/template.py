@@ -73,6 +73,8 @@ TOY_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
 )
 
+# What a sandboxed template can raise besides Jinja's own errors.
+_FAULTS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError, MemoryError)
 NAMED = {"plain": PLAIN, "alpaca": ALPACA}
 
 
@@ -159,7 +161,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{name: token for name, token in tokens.items() if token is not None},
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        except (jinja2.TemplateError, *_FAULTS) as error:
             roles = ", ".join(message.role for message in messages)
             raise CheckpointError(
                 f"the model's chat template refuses a conversation of {roles}: "

@@ -152,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; fetch the model again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object; fetch the model again")

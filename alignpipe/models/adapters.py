@@ -28,7 +28,8 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from alignpipe.artifact import read_manifest, sha256_file
 from alignpipe.config import AdapterConfig
 from alignpipe.errors import CheckpointError, MachineError
-from alignpipe.models.files import ADAPTER, ADAPTER_WEIGHTS
+from alignpipe.models.files import ADAPTER_WEIGHTS
+from alignpipe.remote_code import ADAPTER
 
 NAME = "default"
 HEAD = "score"

@@ -3,27 +3,25 @@
 folder -> nothing, or CheckpointError
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from alignpipe.errors import CheckpointError, did_you_mean
+from alignpipe.remote_code import ADAPTER, CONFIG, check_code, read_object
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, trusted: bool = False) -> None:
     """Make sure that a folder holds a model that can be opened without running anybody's code.
 
     Args:
         folder: as written by `save_pretrained`.
+        trusted: the user trusts the code that comes with it.
 
     Raises:
         CheckpointError: no such folder, no or broken `config.json`, code of its own, pickled weights only,
@@ -34,28 +32,20 @@ def check_files(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: there is no such folder. {did_you_mean(folder.name, siblings)}".strip()
         )
-    _check_config(folder)
+    _check_config(folder, trusted)
     for shard in _shards(folder):
         _check_shard(shard)
     if (folder / ADAPTER).is_file():
         _check_shard(folder / ADAPTER_WEIGHTS)
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path, trusted: bool) -> None:
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER).is_file():
             raise CheckpointError(f"{folder}: an adapter without its model; merge it into the model first")
         raise CheckpointError(f"{folder}: no {CONFIG} in it; expected a folder written by save_pretrained")
-    config = _read_json(folder / CONFIG)
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{folder / CONFIG}: auto_map asks for code that comes with the model, which is never run; "
-            f"use a model that transformers knows, or remove auto_map if its model_type is one"
-        )
-    if "_attn_implementation_internal" in config:
-        raise CheckpointError(
-            f"{folder / CONFIG}: _attn_implementation_internal can name code to be fetched; remove the key"
-        )
+    check_code(folder, trusted=trusted)
+    config = read_object(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder / CONFIG}: no model_type in it; write it again with save_pretrained")
 
@@ -71,7 +61,7 @@ def _shards(folder: Path) -> list[Path]:
                 f"where you trust them with save_pretrained of transformers, which writes {WEIGHTS}"
             )
         raise CheckpointError(f"{folder}: no weights ({WEIGHTS}) in it; was it written to the end?")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: no weight_map of shard names in it; copy the model again")
     names = sorted(set(weight_map.values()))
@@ -93,15 +83,3 @@ def _check_shard(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cut short or damaged ({error}); copy the model again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the model again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: expected a JSON object, found {type(value).__name__}; copy the model again"
-        )
-    return value

@@ -64,12 +64,14 @@ class ModelSource:
         revision: commit of a hub id.
         architecture: shape and seed of the model that `tiny` stands for.
         adapters: of the stage; None where whole weights are trained.
+        trusted: the code that comes with it may run, as the user said of this very model.
     """
 
     path: str
     revision: str | None = None
     architecture: ArchitectureConfig | None = None
     adapters: Adapters | None = None
+    trusted: bool = False
 
     @property
     def is_tiny(self) -> bool:
@@ -91,7 +93,7 @@ class ModelSource:
         folder = None if self.is_tiny else self.folder()
         if folder is None or not has_adapter(folder):
             return None
-        check_files(folder)
+        check_files(folder, trusted=self.trusted)
         return folder
 
     def folder(self) -> Path:
@@ -106,8 +108,9 @@ class ModelSource:
         return folder if looks_local or folder.is_dir() else self._fetch()
 
     def _fetch(self) -> Path:
+        patterns = [*HUB_FILES, *(["*.py"] if self.trusted else [])]
         try:
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(HUB_FILES)))
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except LocalEntryNotFoundError as error:
             raise MachineError(
                 f"{self.path}: no such folder, and not in the hub's cache while the hub cannot be reached; "
@@ -208,7 +211,9 @@ def _open_policy(
     """A whole language model, built or read from a folder, with nothing done to it yet."""
     if folder is None:
         return _build_tiny(source, tokenizer, attn_implementation)
-    model, missing, unexpected = open_model(AutoModelForCausalLM, folder, attn_implementation, loading)
+    model, missing, unexpected = open_model(
+        AutoModelForCausalLM, folder, attn_implementation, loading, source.trusted
+    )
     if SCORE in unexpected:
         raise CheckpointError(f"{folder}: a reward model, where a language model is needed; name a policy")
     refuse(folder, "missing", missing)
@@ -248,15 +253,17 @@ def open_model(
     folder: Path,
     attn_implementation: str,
     loading: Mapping[str, Any] | None = None,
+    trusted: bool = False,
     **settings: Any,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """Open a folder with transformers, safetensors only and no code of its own.
+    """Open a folder with transformers, safetensors only, and no code of its own that is not trusted.
 
     Args:
         auto_class: which head to put on.
         folder: the checkpoint.
         attn_implementation: of transformers.
         loading: more that `from_pretrained` is told.
+        trusted: the user trusts the code that comes with it.
         settings: more fields of the model's configuration.
 
     Returns:
@@ -266,17 +273,17 @@ def open_model(
         CheckpointError: it cannot be opened, or weights have another shape than `config.json` says.
         MachineError: the attention implementation is not installed.
     """
-    check_files(folder)
+    check_files(folder, trusted=trusted)
     try:
         with quiet():
             model, info = auto_class.from_pretrained(
                 folder,
-                config=_configuration(folder, settings),
+                config=_configuration(folder, trusted, settings),
                 dtype=torch.float32,
                 attn_implementation=attn_implementation,
                 use_safetensors=True,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trusted,
                 # Only so that the names come back: a mismatch is refused below.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -382,19 +389,24 @@ def _check_finite(model: PreTrainedModel) -> None:
             )
 
 
-def _configuration(folder: Path, settings: dict[str, Any]) -> PreTrainedConfig:
+def _configuration(folder: Path, trusted: bool, settings: dict[str, Any]) -> PreTrainedConfig:
     """The folder's configuration without dropout.
 
     Ratios and KL compare two passes over the same tokens, so both must be the same function.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, **settings
+        folder, local_files_only=True, trust_remote_code=trusted, **settings
     )
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
+
+
+def has_own_code(model: PreTrainedModel) -> bool:
+    """Whether a model's class came with its weights, which only a trusted one's can."""
+    return model._auto_class is not None
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

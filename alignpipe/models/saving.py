@@ -18,9 +18,9 @@ from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.disk import refusal
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import Adapters, save_adapter
-from alignpipe.models.files import CONFIG
-from alignpipe.models.loading import evaluating, num_rows, quiet
+from alignpipe.models.loading import evaluating, has_own_code, num_rows, quiet
 from alignpipe.models.sharding import whole_weights
+from alignpipe.remote_code import CONFIG
 
 ModelKind = Literal["policy", "reward"]
 PROBE_SHAPE = (3, 16)
@@ -96,7 +96,7 @@ def _reopen(
                 folder,
                 attn_implementation=model.config._attn_implementation,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=has_own_code(model),
                 **loading,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -6,7 +6,6 @@ they differ it is not sure (ensembles: arXiv:2310.02743, 2312.09244).
 checkpoint -> sequence classifier with a label a head; ids (B, T) -> scores (B, T), or (B,) at the last real token
 """
 
-import json
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from alignpipe.data.collate import TokenBatch
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.models.adapters import add_adapter, has_head, merged, role_on
-from alignpipe.models.files import CONFIG, check_files
+from alignpipe.models.files import check_files
 from alignpipe.models.forward import body_states
 from alignpipe.models.loading import (
     SCORE,
     ModelSource,
+    has_own_code,
     load_policy,
     open_model,
     policy_base,
@@ -32,6 +32,7 @@ from alignpipe.models.loading import (
     refuse,
     shared_base,
 )
+from alignpipe.remote_code import CONFIG, read_object
 
 OUTPUT_HEADS = ("lm_head.", "embed_out.")
 # Several labels make a classifier of texts; only numbers by themselves are scores.
@@ -175,7 +176,7 @@ def _with_adapter(
         raise _not_scalar(parent)
     if parent is not None or seed is not None:
         base = policy_base(source, tokenizer, attn_implementation, device)
-        heads = num_heads if parent is None or seed is not None else _num_heads(parent)
+        heads = num_heads if parent is None or seed is not None else _num_heads(source)
         model = _from_policy(role_on(base.model), heads)
     else:
         base = shared_base(
@@ -196,11 +197,11 @@ def _open(
     loading = {} if source.adapters is None else source.adapters.loading(device)
     new_head = new_heads is not None
     settings: dict[str, Any] = {
-        "num_labels": _num_heads(folder) if new_heads is None else new_heads,
+        "num_labels": _num_heads(source) if new_heads is None else new_heads,
         **REGRESSION,
     }
     model, missing, unexpected = open_model(
-        AutoModelForSequenceClassification, folder, attn_implementation, loading, **settings
+        AutoModelForSequenceClassification, folder, attn_implementation, loading, source.trusted, **settings
     )
     score_head(model)
     if new_head and SCORE not in missing:
@@ -215,10 +216,11 @@ def _open(
     return model
 
 
-def _num_heads(folder: Path) -> int:
-    """How many heads a folder's scalar model has; a classifier of texts counts as one and fails on its shape."""
-    check_files(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+def _num_heads(source: ModelSource) -> int:
+    """How many heads a scalar model has; a classifier of texts counts as one and fails on its shape."""
+    folder = source.folder()
+    check_files(folder, trusted=source.trusted)
+    config = read_object(folder / CONFIG)
     if config.get("problem_type") != REGRESSION["problem_type"]:
         return 1
     # transformers writes no labels where there are two, its default.
@@ -241,7 +243,9 @@ def _from_policy(policy: PreTrainedModel, num_heads: int) -> PreTrainedModel:
     config.update({"num_labels": num_heads, **REGRESSION})
     with torch.device("meta"), quiet():
         from_config = AutoModelForSequenceClassification.from_config
-        model: PreTrainedModel = from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, trust_remote_code=has_own_code(policy)
+        )
     setattr(model, model.base_model_prefix, policy.base_model)
     nn.init.zeros_(score_head(model).to_empty(device=policy.device).weight)
     return model

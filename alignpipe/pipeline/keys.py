@@ -14,7 +14,7 @@ from alignpipe.artifact import Manifest, read_manifest
 from alignpipe.config import TINY, TOY, Config, OptimizerConfig, semantic
 from alignpipe.data.sources import MIXTURE, content_hash, holds_world
 from alignpipe.data.tokenizer import Tokenizer
-from alignpipe.errors import AlignpipeError
+from alignpipe.errors import AlignpipeError, DataError
 from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import JUDGE, SECOND_DATA, TEXT_DATA, Graph, Node
 from alignpipe.pipeline.references import DataRef, ModelRef
@@ -39,11 +39,32 @@ def add_keys(graph: Graph, config: Config, store: Store, chat_template: str) -> 
         store: keeps the hashes of files that were read.
         chat_template: Jinja source for a model without a template of its own.
     """
-    hashes = FileHashes(store.root / "work" / "hashes.json")
+    hashes = _hashes(store)
     for node in graph:
         node.inputs = _inputs(node, graph, config, hashes, chat_template)
         node.key = _digest(node.inputs)
     hashes.save()
+
+
+def check_unchanged(node: Node, graph: Graph, config: Config, store: Store, chat_template: str) -> None:
+    """Make sure that a stage will read from the disk what its key was made of, which may be hours ago.
+
+    Raises:
+        DataError: a file has changed since.
+    """
+    now = _leaves(_inputs(node, graph, config, _hashes(store), chat_template))
+    changed = [name for name, value in _leaves(node.inputs).items() if now.get(name) != value]
+    if changed:
+        kind, role = (*changed[0].split("."), "")[:2]
+        refs = node.data if kind == "data" else node.models
+        raise DataError(
+            f"{refs[role].name if role in refs else changed[0]}: has changed on the disk since this run was planned; "
+            f"run the same command again"
+        )
+
+
+def _hashes(store: Store) -> FileHashes:
+    return FileHashes(store.root / "work" / "hashes.json")
 
 
 def _inputs(
@@ -64,7 +85,7 @@ def _inputs(
     if node.rewarded:
         settings["reward"] = _reward_inputs(reward, node)
     functions = {role: f"{found.key[:KEY_LENGTH]} {found.name}" for role, found in node.functions.items()}
-    adapter = stage_adapter(config, node)
+    adapter, trusted = stage_adapter(config, node), config.model.trust_remote_code
     return {
         "kind": node.kind,
         "version": VERSIONS[node.kind],
@@ -75,6 +96,7 @@ def _inputs(
         "precision": config.launch.precision,
         "adapter": semantic(adapter) if adapter.kind != "none" else "none",
         **_rounding(config, node),
+        **({"trust_remote_code": trusted} if trusted is not None else {}),
         "chat_template": hashlib.sha256(chat_template.encode()).hexdigest()[:KEY_LENGTH],
     }
 

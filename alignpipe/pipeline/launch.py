@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alignpipe.artifact import remove_tree, write_text
 from alignpipe.config import SHARDED, LaunchConfig
-from alignpipe.errors import AlignpipeError, ProcessLost
+from alignpipe.errors import AlignpipeError, MachineError, ProcessLost
 from alignpipe.signals import StopSignal
 from alignpipe.task import ERRORS, STOP, STUCK, Task
 
@@ -38,6 +38,20 @@ def visible_gpus() -> int:
     if chosen is not None:
         return len([name for name in chosen.split(",") if name.strip() not in ("", "-1")])
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+
+
+def check_devices(launch: LaunchConfig) -> None:
+    """Make sure that every process of this machine has a GPU to itself, where GPUs are used.
+
+    Raises:
+        MachineError: there are fewer of them than processes.
+    """
+    local, gpus = num_processes(launch) // launch.num_machines, visible_gpus()
+    if launch.device in ("auto", "cuda") and 0 < gpus < local:
+        raise MachineError(
+            f"launch.num_processes: {local} processes on a machine with {gpus} visible GPU(s); lower it, or take "
+            f"launch.device=cpu"
+        )
 
 
 def runs_here(launch: LaunchConfig) -> bool:

@@ -23,9 +23,11 @@ from alignpipe.pipeline.references import (
     find_run_stage,
     folder_reference,
     is_scalar,
+    is_trusted,
     newest_stages,
 )
 from alignpipe.pipeline.store import Store, run_stages
+from alignpipe.remote_code import check_code
 
 
 class Names:
@@ -94,6 +96,9 @@ class Names:
             raise ConfigError(
                 f"{key}: {label!r} is no stage, run, folder or hub id. {did_you_mean(label, known)}"
             )
+        if ref.stage is None and ref.path != TINY:
+            trusted = is_trusted(ref, self.config.model.trust_remote_code)
+            check_code(model_folder(ref.path, ref.revision), trusted=trusted)
         _check_kind(ref, role, key)
         return ref
 
@@ -203,7 +208,7 @@ def _check_kind(ref: ModelRef, role: str, key: str) -> None:
         if scalar != scores:
             held = "a classifier with a scalar head" if scalar else "a language model without a scalar head"
             wanted_model = "reward model" if scores else "policy"
-            raise CheckpointError(f"{key}: {ref.name} holds {held}, which is no {wanted_model}")
+            raise CheckpointError(f"{key}: {ref.name} holds {held}; needed is a {wanted_model}")
 
 
 def _check_rows(ref: ModelRef, role: str, key: str) -> None:

@@ -23,7 +23,7 @@ from alignpipe.pipeline.estimate import estimate, make_setting, shapes
 from alignpipe.pipeline.graph import Graph, Node
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys
-from alignpipe.pipeline.launch import num_processes
+from alignpipe.pipeline.launch import check_devices, num_processes
 from alignpipe.pipeline.lengths import fit_lengths
 from alignpipe.pipeline.memory import Setting
 from alignpipe.pipeline.plan_row import PlanRow, make_row
@@ -73,6 +73,8 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
         AlignpipeError: of the class that fits what is wrong.
     """
     _check_trackers(config)
+    if not bare:
+        check_devices(config.launch)
     store = Store(Path(config.output_dir).absolute())
     graph = build_graph(config, store, bare=bare)
     adapter_warnings = check_adapters(config, graph)
@@ -104,7 +106,7 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
             row.estimate = estimate(node, models, counted, row.steps, setting, machine)
         warnings += _misfit(node, row, config, setting, machine)
         rows.append(row)
-    warnings += judged_twice(graph, counts)
+    warnings += judged_twice(graph, counts) + _unread(graph)
     trained = [row for row in rows if row.steps is not None and row.state != "reuse"]
     needed = sum(row.disk for row in rows if row.state != "reuse")
     needed += STATE_COPIES * max((row.disk for row in trained), default=0)
@@ -202,6 +204,13 @@ def _warnings(node: Node, graph: Graph) -> list[str]:
     if isinstance(node.config, SFTConfig) and node.config.max_response_length >= node.config.max_length:
         return [f"{node.name}: max_response_length leaves no room for a prompt within max_length"]
     return []
+
+
+def _unread(graph: Graph) -> list[str]:
+    """A sentence for each stage before the last whose work is lost on the others."""
+    read = {parent for node in graph for parent in node.parents}
+    unread = [node.name for node in graph.order[:-1] if node.name not in read and node.kind != "eval"]
+    return [f"{name}: no later stage reads what it makes" for name in unread]
 
 
 def _dpo_warnings(node: Node, config: DPOConfig, graph: Graph) -> list[str]:

@@ -3,15 +3,16 @@
 name -> reference, or one line that says what is wrong with it
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignpipe.config import LATEST, DataConfig
+from alignpipe.artifact import read_manifest
+from alignpipe.config import BASE, LATEST, DataConfig
 from alignpipe.data.sources import DataSource
 from alignpipe.errors import CheckpointError, ConfigError, did_you_mean
 from alignpipe.pipeline.store import Store, manifest_of, run_stages
 from alignpipe.pipeline.weights import check_weights
+from alignpipe.remote_code import CONFIG, read_object
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,26 @@ def folder_reference(label: str, *, bare: bool = False) -> ModelRef:
     return ModelRef(label, str(folder.resolve()))
 
 
+def is_trusted(ref: ModelRef, name: str | None) -> bool:
+    """Whether the code that comes with some weights may run.
+
+    Args:
+        ref: the weights.
+        name: of the base model whose code the user trusts; so are stages that were made from it by the same word.
+    """
+    if name is None:
+        return False
+    if ref.stage is not None or ref.name in (BASE, name):
+        return True
+    manifest = None if ref.kind is None else read_manifest(Path(ref.path))
+    return manifest is not None and manifest.inputs.get("trust_remote_code") == name
+
+
 def is_scalar(folder: Path) -> bool:
     """Whether a folder's model has a scalar head instead of a language model's.
 
     Raises:
         CheckpointError: its config.json cannot be read.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return any("SequenceClassification" in name for name in config.get("architectures") or [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a model configuration ({error})") from error
+    architectures = read_object(folder / CONFIG).get("architectures")
+    return any("SequenceClassification" in str(name) for name in architectures or ())

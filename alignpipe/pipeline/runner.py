@@ -15,20 +15,21 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from alignpipe.artifact import Manifest, write_json, write_text
+from alignpipe.artifact import Manifest, make_folder, write_json, write_text
 from alignpipe.checks import check
 from alignpipe.config import Config
 from alignpipe.disk import refusals
-from alignpipe.errors import AlignpipeError, ConfigError, MachineError, Stopped
+from alignpipe.errors import AlignpipeError, ConfigError, MachineError, Stopped, as_line
 from alignpipe.gates import find_gates
 from alignpipe.objective import objective_value
 from alignpipe.pipeline.graph import Node
-from alignpipe.pipeline.keys import why_not_reused
+from alignpipe.pipeline.keys import check_unchanged, why_not_reused
 from alignpipe.pipeline.launch import RENDEZVOUS, begin, run_in_processes, runs_here
 from alignpipe.pipeline.plan import make_plan, reusable
 from alignpipe.pipeline.scorecard import print_scorecard, write_scorecard
-from alignpipe.pipeline.store import TASK, Store, read_run
+from alignpipe.pipeline.store import TASK, Store, run_stages
 from alignpipe.pipeline.tasks import stage_task
+from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.task import write_task
 
@@ -154,11 +155,16 @@ class Runner:
         """
         folder = self._folder
         keys = {node.name: node.key for node in self._plan.graph.order}
-        known = read_run(folder)
-        if known is not None and {stage["name"]: stage["key"] for stage in known["stages"]} != keys:
+        make_folder(folder)
+        known = {stage["name"]: stage["key"] for stage in run_stages(folder)}
+        if known and known != keys:
+            other = next(
+                (node for node in self._plan.graph.order if known.get(node.name, node.key) != node.key), None
+            )
+            why = "other stages" if other is None else f"{other.name}: {why_not_reused(other, self._store)}"
             raise ConfigError(
-                f"run.name: {self._plan.run} was run with other settings; "
-                f"choose another name, such as {self._plan.run}-2"
+                f"run.name: {self._plan.run} was run with other settings ({why}); choose another name, such as "
+                f"{self._plan.run}-2, or take the change back"
             )
         # What writers left behind that were killed; nobody else writes here.
         for unfinished in folder.glob(".*.tmp"):
@@ -202,6 +208,7 @@ class Runner:
         return reusable(self._plan.graph, self._store).get(node.name)
 
     def _make(self, node: Node, lock: int | None) -> None:
+        check_unchanged(node, self._plan.graph, self._config, self._store, self._plan.chat_template)
         set_aside = self._store.clear(node.kind, node.key)
         if set_aside is not None:
             self._say(f"{node.name}: its finished folder no longer fits and was moved to {set_aside}")
@@ -257,13 +264,13 @@ class Runner:
         except AlignpipeError as error:
             # A disk that refused the stage may refuse this too; the first error is the one to tell.
             with suppress(MachineError):
-                self._note(node, state="failed", error=str(error))
+                self._note(node, state="failed", error=as_line(hide_secrets(str(error))))
             if error.trace is None:
                 raise
             raise AlignpipeError(f"{error}; see {self._keep(node, error.trace)}") from error
         except Exception as error:
             log = self._keep(node, traceback.format_exc())
-            self._note(node, state="failed", error=f"{type(error).__name__}: {error}")
+            self._note(node, state="failed", error=as_line(hide_secrets(f"{type(error).__name__}: {error}")))
             first = str(error).strip().partition("\n")[0]
             raise AlignpipeError(
                 f"stage {node.name} failed: {type(error).__name__}: {first}; see {log}"
@@ -271,7 +278,7 @@ class Runner:
 
     def _keep(self, node: Node, trace: str) -> Path:
         log = self._folder / f"{node.name}.{ERROR_LOG}"
-        log.write_text(trace, encoding="utf-8")
+        log.write_text(hide_secrets(trace), encoding="utf-8", errors="backslashreplace")
         return log
 
     def _wait(self, node: Node, holder: str) -> None:

@@ -98,7 +98,8 @@ class Store:
             waiting: told who holds it, every half second; may raise to give up.
 
         Raises:
-            MachineError: the folder cannot be written.
+            ConfigError: the folder is a link.
+            MachineError: it cannot be written.
         """
         work = self.work(kind, key)
         # Beside the folder, not in it: the folder goes away while others wait.
@@ -172,7 +173,7 @@ class FileHashes:
     def save(self) -> None:
         """Keep what was learnt for the next command."""
         if self._changed:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
             write_json(self._path, self._known)
 
 

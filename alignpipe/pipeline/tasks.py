@@ -5,7 +5,7 @@ from alignpipe.pipeline.adapters import stage_adapter
 from alignpipe.pipeline.graph import Node
 from alignpipe.pipeline.keys import content_of
 from alignpipe.pipeline.plan import Plan
-from alignpipe.pipeline.references import ModelRef
+from alignpipe.pipeline.references import ModelRef, is_trusted
 from alignpipe.pipeline.store import Store
 from alignpipe.task import DataInput, ModelInput, Task
 
@@ -26,7 +26,7 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
         work=store.work(node.kind, node.key),
         target=store.stage(node.kind, node.key),
         config=node.config,
-        models={role: _model(ref, plan, store) for role, ref in node.models.items()},
+        models={role: _model(ref, config, plan, store) for role, ref in node.models.items()},
         data={role: _data(role, node, plan, store) for role in node.data},
         functions=node.functions,
         chat_template=plan.chat_template,
@@ -42,11 +42,13 @@ def stage_task(node: Node, config: Config, plan: Plan, store: Store) -> Task:
     )
 
 
-def _model(ref: ModelRef, plan: Plan, store: Store) -> ModelInput:
+def _model(ref: ModelRef, config: Config, plan: Plan, store: Store) -> ModelInput:
+    trusted = is_trusted(ref, config.model.trust_remote_code)
     if ref.stage is None:
-        return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key)
+        return ModelInput(ref.name, ref.path, ref.revision, ref.kind, ref.key, trusted)
     parent = plan.graph.nodes[ref.stage]
-    return ModelInput(ref.name, str(store.stage(parent.kind, parent.key)), None, parent.kind, parent.key)
+    path = str(store.stage(parent.kind, parent.key))
+    return ModelInput(ref.name, path, None, parent.kind, parent.key, trusted)
 
 
 def _data(role: str, node: Node, plan: Plan, store: Store) -> DataInput:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alignpipe.errors import CheckpointError
 
+INDEX = "model.safetensors.index.json"
 # A safetensors file begins with the length of its JSON header, as eight bytes, little-endian.
 PREFIX = 8
 
@@ -21,6 +22,8 @@ def check_weights(folder: Path) -> None:
     if not any(folder.glob("*.safetensors*")):
         raise CheckpointError(f"{folder}: no safetensors weights in it; write it again with save_pretrained")
     for name in sorted(_indexed(folder)):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX}: shard {name!r} lies outside of the folder; remove it")
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name}: missing, though the index names it; copy the model again"
@@ -28,7 +31,7 @@ def check_weights(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             promised = _promised(path)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cut short or damaged ({error}); copy the model again") from error
         size = path.stat().st_size
         if size != promised:
@@ -39,12 +42,12 @@ def check_weights(folder: Path) -> None:
 
 
 def _indexed(folder: Path) -> set[str]:
-    path = folder / "model.safetensors.index.json"
+    path = folder / INDEX
     if not path.is_file():
         return set()
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no index of weights ({error}); copy the model again") from error
 
 

@@ -241,7 +241,8 @@ def _newest_valid(states: Path, tell: Callable[[str], None]) -> Path | None:
             return folder
         damaged[folder] = why
     if damaged:
-        raise CheckpointError(f"no state is whole: {'; '.join(damaged.values())}; {ANEW}")
+        files = ", ".join(why.removeprefix(f"{states}/").partition(": ")[0] for why in damaged.values())
+        raise CheckpointError(f"{states}: no state is whole, look at {files}; {ANEW}")
     return None
 
 

@@ -25,7 +25,7 @@ from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.adapters import Adapters
 from alignpipe.models.compiling import compile_training
 from alignpipe.models.kernels import use_liger
-from alignpipe.models.loading import ModelSource, freeze, load_policy
+from alignpipe.models.loading import ModelSource, freeze, has_own_code, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
 from alignpipe.models.scalar_head import load_scalar_model
 from alignpipe.models.sharding import HALF, shard
@@ -148,7 +148,9 @@ class Context:
     def model(self, role: str) -> ModelSource:
         """Where the weights of a role lie."""
         source = self.task.models[role]
-        return ModelSource(source.path, source.revision, self.task.architecture, self.adapters)
+        return ModelSource(
+            source.path, source.revision, self.task.architecture, self.adapters, source.trusted
+        )
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -293,7 +295,8 @@ class Context:
         load = load_policy if kind == "policy" else load_scalar_model
         folder = self.task.work / "adapter"
         save_model(model, tokenizer, folder, self.adapters)
-        whole = load(ModelSource(str(folder)), tokenizer, self.task.attn_implementation, self.device)
+        source = ModelSource(str(folder), trusted=has_own_code(model))
+        whole = load(source, tokenizer, self.task.attn_implementation, self.device)
         processes.any_of(False)  # until every process has read it
         processes.from_main(lambda: remove_tree(folder))
         return whole

@@ -94,7 +94,7 @@ def _line(words: list[str]) -> str:
             ["stage=sft", "stage.policy=${oc.env:NO_SUCH_VARIABLE}"],
             "the environment variable NO_SUCH_VARIABLE is not",
         ),
-        (["stage=sft", "seed=${stage.seed}"], "Recursive interpolation"),
+        (["stage=sft", "seed=${stage.seed}"], "seed: takes its value from itself"),
         (["stage=rs"], "stage.reward_model: is not set; name a reward model: stage.reward_model=latest/rm"),
         (["stage=sft", "data=file"], "data.path: is empty"),
         (["stage=sft", "model=pretrained"], "model.path: is empty"),

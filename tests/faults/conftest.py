@@ -1,12 +1,15 @@
 """How many cases of each fault are tried, and the table of what came of them."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from alignpipe import cli
 from tests.faults.chain import WORDS, finish
 from tests.faults.table import Faults, added_up, as_text
 
@@ -35,6 +38,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faults(request: pytest.FixtureRequest) -> Faults:
     """Takes the lines of the table."""
     return Faults(request.node.user_properties)
+
+
+@pytest.fixture
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Types `alignpipe LINE MORE...` in a folder, in this process; the exit code, and all that was printed."""
+
+    def run(folder: Path, line: str, *more: str) -> tuple[int, str]:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["alignpipe", *shlex.split(line), *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capfd.readouterr()
+        return int(ended.value.code or 0), printed.out + printed.err
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -152,7 +152,8 @@ def test_both_states_damaged_end_the_run_and_nothing_is_deleted(
         before = content(states(folder))
         command = finish(folder, "run", *SFT)
         line = command.told.splitlines()[-1]
-        named = line.startswith("error: no state is whole: ") and str(newer) in line and str(older) in line
+        told = line.partition(f"error: {newer.parent}: no state is whole, ")[2]
+        named = newer.name in told and older.name in told
         kept += command.process.exitcode == 4 and named and content(states(folder)) == before
     faults.tell("both states corrupted: exit 4, nothing deleted", kept, total)
 

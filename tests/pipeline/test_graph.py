@@ -169,7 +169,7 @@ def test_folder_that_holds_no_whole_model_is_refused(project: Project, saved: Pa
     weights.write_bytes(content)
     _graph(project, *words)
     (saved / "config.json").write_text("{", encoding="utf-8")
-    assert "cannot be read as a model configuration" in str(_error(project, *words))
+    assert "config.json: not JSON" in str(_error(project, *words))
     (saved / "config.json").unlink()
     assert "no config.json in it" in str(_error(project, *words))
     assert isinstance(_error(project, *words), CheckpointError)
