@@ -82,7 +82,7 @@ def test_missing_peft_is_told_before_anything_runs(project: Project, monkeypatch
 def test_missing_peft_is_told_of_a_parent_with_an_adapter(
     project: Project, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (saved / "adapter_config.json").write_text("{}")
+    (saved / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MachineError, match="saved: has an adapter, which needs peft"):
         make_plan(project.compose("stage=sft", f"stage.policy='{saved}'").config)

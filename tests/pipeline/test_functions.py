@@ -210,25 +210,32 @@ def test_names_that_are_no_reward_models_are_told_by_their_keys(project: Project
             build_graph(_config(project, **reward), Store(project.outputs))
 
 
-def test_reward_that_cannot_be_is_one_line() -> None:
-    words = [
-        "stages.rs.reward_model=null",
-        "stages.ppo.reward_model=null",
-        "stages.ppo.reward.function=./my_reward.py:score",
-        "stages.eval.reward.ensemble=mean",
-        "stages.eval.reward.models.rm=nan",
-        "stages.eval.reward.gate.below=1",
-    ]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["stages.rs.reward_model=null"],
+            "stages.rs.reward_model: is null and nothing stands in its place",
+        ),
+        (
+            ["stages.ppo.reward_model=null", "stages.ppo.reward.function=./my_reward.py:score"],
+            "stages.ppo.reward_model: is null, but the value model of advantage=gae starts from it",
+        ),
+        (
+            ["stages.eval.reward.ensemble=mean"],
+            "stages.eval.reward.ensemble: mean needs two reward models or more",
+        ),
+        (["stages.eval.reward.models.rm=nan"], "stages.eval.reward.models.rm: must be a finite number"),
+        (["stages.eval.reward.gate.below=1"], "stages.eval.reward.gate.below: must be at most"),
+    ],
+)
+def test_reward_that_cannot_be_is_one_line(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _composed(*words)
-    for told in (
-        "stages.rs.reward_model: is null and nothing stands in its place",
-        "stages.ppo.reward_model: is null, but the value model of advantage=gae starts from it",
-        "stages.eval.reward.ensemble: mean needs two reward models or more",
-        "stages.eval.reward.models.rm: must be a finite number",
-        "stages.eval.reward.gate.below: must be at most",
-    ):
-        assert told in str(caught.value)
+    assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_reward_names_no_code_to_run() -> None:
     with pytest.raises(ConfigError, match="no configuration names code to run"):
         _composed("stages.rs.reward._target_=os.system")
