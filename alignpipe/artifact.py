@@ -78,6 +78,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_link(folder: Path) -> None:
+    """Make sure that what is written into a folder lands in it.
+
+    Raises:
+        ConfigError: it is a link to another.
+    """
+    if folder.is_symlink():
+        raise ConfigError(
+            f"{folder}: is a link to {folder.readlink()}, and nothing is written through it; remove it"
+        )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step: readers see the old text or the new one, whole.
 
@@ -119,13 +131,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, durably; one that is there is let be.
 
     Raises:
-        ConfigError: it is a link: what is written into it would land where nobody looks for it.
         MachineError: the disk refuses it.
     """
-    if folder.is_symlink():
-        raise ConfigError(
-            f"{folder}: is a link to {folder.readlink()}, and nothing is written through it; remove it"
-        )
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

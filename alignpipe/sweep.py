@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignpipe.artifact import make_folder, write_json, write_text
+from alignpipe.artifact import make_folder, refuse_link, write_json, write_text
 from alignpipe.errors import ConfigError
 
 RESULT = "result.json"
@@ -68,6 +68,7 @@ def begin_sweep(folder: Path, words: list[str], *, named: bool) -> None:
         raise ConfigError(
             f"sweep.name: {folder.name} was a sweep of other words; choose another name, such as {folder.name}-2"
         )
+    refuse_link(folder)
     make_folder(folder)
     for old in (*folder.glob(f"*/{RESULT}"), folder / CSV, folder / f"{BEST}.yaml", folder / STOP):
         old.unlink(missing_ok=True)

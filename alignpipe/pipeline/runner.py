@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from alignpipe.artifact import Manifest, make_folder, write_json, write_text
+from alignpipe.artifact import Manifest, write_json, write_text
 from alignpipe.checks import check
 from alignpipe.config import Config
 from alignpipe.disk import refusals
@@ -155,7 +155,6 @@ class Runner:
         """
         folder = self._folder
         keys = {node.name: node.key for node in self._plan.graph.order}
-        make_folder(folder)
         known = {stage["name"]: stage["key"] for stage in run_stages(folder)}
         if known and known != keys:
             other = next(

@@ -24,6 +24,7 @@ from alignpipe.artifact import (
     damage,
     make_folder,
     read_manifest,
+    refuse_link,
     remove_tree,
     set_aside,
     sha256_file,
@@ -212,6 +213,7 @@ def _is_held(path: Path) -> bool:
 @contextmanager
 def _held(path: Path, folder: Path, waiting: Callable[[str], None]) -> Iterator[int | None]:
     """Hold a lock, and say in the folder that it guards who does."""
+    refuse_link(folder)
     make_folder(folder)
     lock = FileLock(path)
     while True:
