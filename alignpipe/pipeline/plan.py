@@ -13,7 +13,7 @@ from alignpipe.config import TINY, Config, DPOConfig, SFTConfig
 from alignpipe.data.sources import detect_format
 from alignpipe.data.template import find_template
 from alignpipe.disk import existing, format_bytes
-from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.errors import CheckpointError, ConfigError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
 from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
@@ -72,10 +72,8 @@ def make_plan(config: Config, *, bare: bool = False) -> Plan:
     Raises:
         AlignpipeError: of the class that fits what is wrong.
     """
-    _check_trackers(config)
-    if not bare:
-        check_devices(config.launch)
     store = Store(Path(config.output_dir).absolute())
+    _check_machine(config, bare)
     graph = build_graph(config, store, bare=bare)
     adapter_warnings = check_adapters(config, graph)
     config, warnings = fit_lengths(config)
@@ -149,7 +147,12 @@ def _misfit(node: Node, row: PlanRow, config: Config, setting: Setting, machine:
     ]
 
 
-def _check_trackers(config: Config) -> None:
+def _check_machine(config: Config, bare: bool) -> None:
+    """What can be asked of the machine before any name is resolved; a bare plan may be for another one."""
+    if Path(config.output_dir).is_file():
+        raise ConfigError(f"output_dir: {config.output_dir} is a file; name a folder")
+    if not bare:
+        check_devices(config.launch)
     for name in config.trackers:
         if find_spec(name) is None:
             raise MachineError(
