@@ -220,7 +220,9 @@ def _attend_padded(
 
     def rows(states: Tensor, at: Tensor) -> Tensor:
         """(1, heads, N, d) -> (B, heads, T, d)."""
-        return states[0].transpose(0, 1)[at].transpose(1, 2)
+        # Not by an index, whose gradient adds up what several branches share in any order.
+        chosen = states[0].transpose(0, 1).index_select(0, at.flatten())
+        return chosen.view(*at.shape, *chosen.shape[1:]).transpose(1, 2)
 
     found = scaled_dot_product_attention(
         rows(query, padded.queries),
@@ -230,7 +232,7 @@ def _attend_padded(
         is_causal=padded.bias is None,
         scale=scale,
     )
-    return found.transpose(1, 2).flatten(0, 1)[padded.back][None]
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, padded.back)[None]
 
 
 def _flash(

@@ -163,7 +163,7 @@ def body_states(model: PreTrainedModel, batch: TokenBatch, at: Tensor) -> Tensor
         places = inputs.places[at]
         with only_at(feed_forward, torch.unique(places)):
             hidden: Tensor = model.base_model(**inputs.arguments).last_hidden_state
-    return hidden.flatten(0, 1)[places]
+    return hidden.flatten(0, 1).index_select(0, places)
 
 
 def mean_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:

@@ -72,10 +72,10 @@ def examples() -> list[Example]:
     return [Example(start + draw(n), [False] * len(start) + [True] * n) for start, n in lengths]
 
 
-def measure(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def measure(model: PreTrainedModel, rows: list[Example] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs, and the gradients of their sum in one row."""
     model.zero_grad()
-    found = batch_logprobs(model, collate(examples(), 0))
+    found = batch_logprobs(model, collate(rows or examples(), 0))
     (found * torch.linspace(0, 1, found.numel()).view_as(found)).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return found.detach(), torch.cat(grads)
@@ -92,6 +92,23 @@ def test_packed_rows_and_shared_prompts_change_no_logprob_and_no_gradient(monkey
     expected, found = measure(padded), measure(model)
     torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found[1], expected[1], atol=2e-5 * float(expected[1].abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("short", [96, 0])
+def test_gradient_of_many_responses_to_one_prompt_has_the_same_bits_each_time_on_two_threads(
+    monkeypatch, short
+):
+    monkeypatch.setattr(attention, "SHORT", short)
+    model = allow_packing(build("llama", "sdpa", **LLAMA))
+    prompt = list(range(3, 63))
+    rows = [Example([*prompt, *([3 + n] * 20)], [False] * 60 + [True] * 20) for n in range(48)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (measure(model, rows)[1] for _ in range(10))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_packed_embeddings_are_those_of_each_row_alone():
