@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -268,6 +268,11 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "source"
     return found
+
+
+def changed_versions(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What is not as it was, such as `torch 2.11.0 -> 2.13.0`; what only one of them knows is left out."""
+    return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]
 
 
 def _hash(raw: dict[str, Any]) -> str:

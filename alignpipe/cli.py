@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from alignpipe import __version__
 from alignpipe.errors import AlignpipeError, ConfigError, MachineError, as_line, did_you_mean
 from alignpipe.secrets import hide_secrets
+from alignpipe.terminal import Terminal
 
 WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
 RunName = Annotated[str | None, typer.Argument(help="Name, or the beginning of one; the newest if left out.")]
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _tell(message: str) -> None:
-    _error_console().print(f"error: {as_line(hide_secrets(message))}", markup=False, soft_wrap=True)
+    Terminal(stderr=True).print(f"error: {as_line(hide_secrets(message))}", markup=False, soft_wrap=True)
 
 
 def _check_command(argv: list[str]) -> None:
@@ -66,14 +66,6 @@ def _check_command(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         hint = "Did you mean alignpipe run?" if "=" in argv[0] else did_you_mean(argv[0], commands)
         raise ConfigError(f"there is no command {argv[0]!r}. {hint}")
-
-
-def _console() -> Console:
-    return Console(highlight=False)
-
-
-def _error_console() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,7 +100,7 @@ def run(context: typer.Context) -> None:
     elif line.multirun:
         from alignpipe.hydra_front import sweep
 
-        raise typer.Exit(sweep(line, _console()))
+        raise typer.Exit(sweep(line, Terminal()))
     else:
         composed = compose(argv)
         from alignpipe.pipeline import runner
@@ -123,7 +115,7 @@ def plan(context: typer.Context) -> None:
     from alignpipe.pipeline.plan import make_plan
     from alignpipe.pipeline.plan_table import print_plan
 
-    print_plan(make_plan(compose(list(context.args)).config, bare=True), _console())
+    print_plan(make_plan(compose(list(context.args)).config, bare=True), Terminal())
 
 
 @app.command()
@@ -139,7 +131,7 @@ def status(
     if as_json:
         _print_json(found)
     else:
-        print_status(found, _console())
+        print_status(found, Terminal())
 
 
 @app.command("ls")
@@ -151,7 +143,7 @@ def list_all(as_json: AsJson = False, output_dir: OutputDir = Path("outputs")) -
     if as_json:
         _print_json(runs)
     else:
-        print_runs(runs, _console())
+        print_runs(runs, Terminal())
 
 
 @app.command()
@@ -164,8 +156,8 @@ def verify(
     """Do the beginning of a run's finished stages again and compare: the same bits, or the same figures to 1e-5."""
     from alignpipe.replay import check_promise, print_replays, replay
 
-    found = replay(output_dir, run, stage, steps, _error_console())
-    print_replays(found, _console())
+    found = replay(output_dir, run, stage, steps, Terminal(stderr=True))
+    print_replays(found, Terminal())
     check_promise(found)
 
 
@@ -184,7 +176,7 @@ def clean(
     if as_json:
         _print_json(cleaning.as_json(found))
     else:
-        cleaning.print_leftovers(found, _console(), removed=yes)
+        cleaning.print_leftovers(found, Terminal(), removed=yes)
 
 
 @app.command()
@@ -193,7 +185,7 @@ def doctor(output_dir: OutputDir = Path("outputs")) -> None:
     from alignpipe.doctor import examine, print_findings
 
     found = examine(output_dir)
-    print_findings(found, _console())
+    print_findings(found, Terminal())
     if bad := [finding.name for finding in found if finding.state == "bad"]:
         raise MachineError(f"{', '.join(bad)}: a run cannot rely on this machine; see the mends above")
 
@@ -240,7 +232,7 @@ def check_data(
     if as_json:
         _print_json(report)
     else:
-        print_report(report, _console())
+        print_report(report, Terminal())
 
 
 def _print_json(value: Any) -> None:

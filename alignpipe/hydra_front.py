@@ -33,6 +33,7 @@ from alignpipe.job import SWEEP_PROCESS, prepare_job, run_apart, run_here
 from alignpipe.objective import is_low_best, objective_title
 from alignpipe.signals import StopSignal
 from alignpipe.sweep import STOP, begin_sweep, close_sweep, sweep_results
+from alignpipe.terminal import Terminal
 
 
 def show(line: Line, argv: list[str]) -> str:
@@ -72,7 +73,7 @@ def sweep(line: Line, console: Console) -> int:
     for number, composed in enumerate(found.jobs):
         prepare_job(composed, number, found.folder / str(number))
     many = f"{len(found.jobs)} jobs" if found.jobs else "jobs"
-    Console(stderr=True, highlight=False).print(Text(f"sweep: {many} in {found.folder}"), soft_wrap=True)
+    Terminal(stderr=True).print(Text(f"sweep: {many} in {found.folder}"), soft_wrap=True)
     with StopSignal(tell=lambda: (found.folder / STOP).touch()).listening() as stop:
         try:
             if found.by_hydra:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from alignpipe.artifact import write_text
@@ -27,6 +26,7 @@ from alignpipe.pipeline.runner import run
 from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.sweep import JOB, STOP, JobResult, read_result, write_result
+from alignpipe.terminal import Terminal
 
 LOG = "log.txt"
 ERROR_LOG = "error.log"
@@ -63,7 +63,7 @@ def run_here(composed: Composed, folder: Path) -> JobResult:
         told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}; see {folder / ERROR_LOG}"
         result = replace(result, state="failed", error=as_line(hide_secrets(told)))
     if result.error is not None:
-        Console(stderr=True, highlight=False).print(Text(f"error: {result.error}"), soft_wrap=True)
+        Terminal(stderr=True).print(Text(f"error: {result.error}"), soft_wrap=True)
     write_result(folder, result)
     return result
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignpipe.artifact import MANIFEST, Manifest, installed_versions, verify
+from alignpipe.artifact import MANIFEST, Manifest, changed_versions, installed_versions, verify
 from alignpipe.compose.composition import compose
 from alignpipe.compose.rerun import rerun_yaml
 from alignpipe.config import Config
@@ -27,8 +27,9 @@ from alignpipe.pipeline.store import TASK, Store, run_stages
 from alignpipe.pipeline.tasks import stage_task
 from alignpipe.signals import StopSignal
 from alignpipe.task import Task, write_task
+from alignpipe.training.checkpoint import made_with
 from alignpipe.training.metrics import METRICS
-from alignpipe.worker import made_with, run_task
+from alignpipe.worker import run_task
 
 # What another machine, thread count or release may change a figure by.
 CLOSE = 1e-5
@@ -180,7 +181,7 @@ def _replayed(
         difference, where = None, other
     # What other processes count is theirs to say.
     now = made_with() if runs_here(task.launch) else installed_versions()
-    changed = _changed(manifest.versions, now)
+    changed = changed_versions(manifest.versions, now)
     return Replay(name, int(again[-1]["step"]) if trains else None, difference, where, changed)
 
 
@@ -242,7 +243,3 @@ def _other_file(recorded: Manifest, again: Manifest) -> str | None:
     """The first file whose content is another; figures were compared by themselves."""
     names = sorted((recorded.files.keys() | again.files.keys()) - {METRICS})
     return next((name for name in names if recorded.files.get(name) != again.files.get(name)), None)
-
-
-def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and then[name] != now[name]]

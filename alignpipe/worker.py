@@ -5,6 +5,7 @@ task.yaml -> inputs verified -> stage -> result folder sealed, opened once more,
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,12 +21,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from rich.console import Console
+from torch.utils import deterministic
 
 from alignpipe import processes
 from alignpipe.artifact import (
     Manifest,
     Parent,
-    installed_versions,
     publish,
     remove_tree,
     seal,
@@ -38,6 +39,8 @@ from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.stages import STAGES
 from alignpipe.task import ERRORS, LAUNCHER, STOP, Task, read_task
+from alignpipe.terminal import Terminal
+from alignpipe.training.checkpoint import made_with
 from alignpipe.training.context import REJECTED, Context
 from alignpipe.training.gradients import LossScale
 from alignpipe.training.metrics import METRICS, SAMPLES, MetricLog
@@ -46,6 +49,8 @@ from alignpipe.training.progress import StageProgress
 
 # Libraries whose errors mean that the others are out of reach.
 CONTACT = ("gloo", "nccl")
+# What torch says in a RuntimeError where an allocator got nothing.
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 # Of prctl(2): the signal that a process gets when the one that started it dies.
 PR_SET_PDEATHSIG = 1
 
@@ -77,13 +82,15 @@ def _run(task: Task, console: Console, stop: StopSignal) -> Manifest:
         metrics = MetricLog(task.work, accelerator)
         scale = LossScale.of(task.launch.precision)
         context = Context(task, accelerator, metrics, progress, stop, scale, parents=parents)
-        if not context.states.is_dir():
+        if not any(context.states.glob("step-*")):
             # Whatever was written is written again.
             metrics.rewind({})
         processes.from_main(lambda: _make_empty(context.result))
         try:
             figures = STAGES[task.kind](scaled(task.config, task.adapter), context)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+                raise
             raise MachineError(
                 f"{task.name}: out of memory on {accelerator.device}; lower micro_batch_size or generation_batch_size"
             ) from error
@@ -112,12 +119,6 @@ def _publish(task: Task, result: Path, parents: dict[str, Parent], figures: dict
     return manifest
 
 
-def made_with() -> dict[str, str]:
-    """What decides the last bits of what is computed here."""
-    counted = {"threads": torch.get_num_threads(), "processes": processes.count()}
-    return installed_versions() | {name: str(count) for name, count in counted.items()}
-
-
 def _verified_parents(task: Task) -> dict[str, Parent]:
     """Hash every artifact the stage reads before it is read."""
     parents = {}
@@ -134,7 +135,7 @@ def _accelerator(task: Task) -> Accelerator:
     """Device and trackers, and the group of processes where there are several.
 
     Raises:
-        MachineError: the machine has no such device, or the processes did not find each other.
+        MachineError: the machine has no such device or precision, or the processes did not find each other.
     """
     on_cpu = task.launch.device == "cpu" or not torch.cuda.is_available()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -157,9 +158,23 @@ def _accelerator(task: Task) -> Accelerator:
         raise MachineError(
             f"launch.device={task.launch.device}: this machine has no such device, only {accelerator.device.type}"
         )
+    if task.launch.precision == "bf16" and not computes_bf16(accelerator.device):
+        raise MachineError(
+            f"launch.precision=bf16: {accelerator.device} cannot compute in it; take fp16 or fp32"
+        )
+    if accelerator.device.type == "cpu":
+        # Of kernels that add in any order there are others; on a GPU those cost more, and some are not there.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Memory need not be filled for that.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if task.trackers:
         accelerator.init_trackers(f"alignpipe-{task.kind}", config=_flat(asdict(task.config)))
     return accelerator
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device does so by itself; GPUs before Ampere do not."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,7 +198,7 @@ def main(path: Path) -> None:
     code = 1
     with StopSignal(task.work / STOP).listening() as stop:
         try:
-            run_task(path, Console(stderr=True, highlight=False), stop)
+            run_task(path, Terminal(stderr=True), stop)
             code = 0
         except AlignpipeError as error:
             code = error.exit_code

@@ -21,11 +21,13 @@ BASE = {
     "checks",
     "secrets",
     "remote_code",
+    "terminal",
 }
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "secrets": set(),
     "remote_code": {"errors"},
+    "terminal": set(),
     "config": {"errors"},
     "checks": {"config", "errors"},
     "artifact": {"disk", "errors"},
@@ -62,6 +64,7 @@ QUICK = (
     "errors",
     "secrets",
     "remote_code",
+    "terminal",
     "config",
     "checks",
     "artifact",

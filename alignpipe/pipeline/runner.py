@@ -32,6 +32,7 @@ from alignpipe.pipeline.tasks import stage_task
 from alignpipe.secrets import hide_secrets
 from alignpipe.signals import StopSignal
 from alignpipe.task import write_task
+from alignpipe.terminal import Terminal
 
 ERROR_LOG = "error.log"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -68,7 +69,7 @@ def run(config: Config, words: list[str], yaml: str, *, wait: bool = False) -> D
     """
     check(config)
     with refusals(Path(config.output_dir)):
-        return Runner(config, words, yaml, Console(stderr=True, highlight=False), wait=wait).run()
+        return Runner(config, words, yaml, Terminal(stderr=True), wait=wait).run()
 
 
 class Runner:
@@ -106,7 +107,7 @@ class Runner:
                 return Done(self._plan.run, None)
             with self._store.lock_run(self._plan.run, self._wait_or_give_up):
                 scorecard = self._bring_all()
-        print_scorecard(scorecard, self._folder, Console(highlight=False))
+        print_scorecard(scorecard, self._folder, Terminal())
         for name, figures in ({} if scorecard is None else scorecard["policies"]).items():
             self._pass(name, figures, of_policy=True)
         metrics = {node.name: self._metrics(node) for node in self._plan.graph.order}

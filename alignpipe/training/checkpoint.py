@@ -20,7 +20,9 @@ from alignpipe.artifact import (
     MANIFEST,
     Manifest,
     Parent,
+    changed_versions,
     damage,
+    installed_versions,
     make_folder,
     publish,
     read_manifest,
@@ -80,7 +82,7 @@ def save_state(
         processes.from_main(lambda: remove_tree(temporary))
         raise refusal(final, failure or "another process failed", needed)
     moments = {name: _num_tensors(optimizer) for name, optimizer in optimizers.items()}
-    manifest = Manifest("state", str(step), dict(parents or {}), versions={"torch": torch.__version__})
+    manifest = Manifest("state", str(step), dict(parents or {}), versions=made_with())
     processes.from_main(lambda: _publish(temporary, final, {**values, MOMENTS: moments}, manifest, needed))
 
 
@@ -100,7 +102,7 @@ def load_newest_state(
         modules: as they were saved.
         optimizers: as they were saved.
         parents: the artifacts that the stage reads now, by role.
-        tell: told of each newer state that is damaged.
+        tell: told of each newer state that is damaged, and of what keeps the rest from being the same to the bit.
 
     Returns:
         The values saved with it, or None where there is no state.
@@ -112,7 +114,10 @@ def load_newest_state(
     folder = processes.from_main(lambda: _newest_valid(states, tell))
     if folder is None:
         return None
-    _check_parents(folder, parents or {})
+    manifest = read_manifest(folder) or Manifest("state", "")
+    _check_parents(folder, manifest.parents, parents or {})
+    if changed := changed_versions(manifest.versions, made_with()):
+        tell(f"{folder.name} was saved with {', '.join(changed)}; the rows stay the same, figures to 1e-5")
     saved = _SavedRows(folder)
     for name, target in _tensors(modules, {}).items():
         if name != RANDOM_STATE:
@@ -131,6 +136,12 @@ def load_newest_state(
                 f"were saved; {ANEW}"
             )
     return values
+
+
+def made_with() -> dict[str, str]:
+    """What decides the last bits of what is computed here: packages, threads, processes."""
+    counted = {"threads": torch.get_num_threads(), "processes": processes.count()}
+    return installed_versions() | {name: str(count) for name, count in counted.items()}
 
 
 class _SavedRows:
@@ -253,14 +264,12 @@ def _set_aside(folder: Path) -> None:
     folder.rename(target)
 
 
-def _check_parents(folder: Path, parents: Mapping[str, Parent]) -> None:
+def _check_parents(folder: Path, known: Mapping[str, Parent], parents: Mapping[str, Parent]) -> None:
     """Make sure that the stage goes on with what it began with.
 
     Raises:
         CheckpointError: an artifact that it reads holds something else now, as a reference that was trained again.
     """
-    manifest = read_manifest(folder)
-    known = {} if manifest is None else manifest.parents
     for role in sorted(known.keys() | parents.keys()):
         if known.get(role) != parents.get(role):
             raise CheckpointError(f"{folder}: was made with another {role} than there is now; {ANEW}")
