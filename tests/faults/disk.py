@@ -5,10 +5,12 @@ that is written by foreign code, as tensors are, counts as one write.
 """
 
 import builtins
+import errno
 import io
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +33,36 @@ def die_at(number: int, root: Path) -> None:
             begin()
             os.kill(os.getpid(), signal.SIGKILL)
         return act()
+
+    _watch(see, root)
+
+
+def fail_at(number: int, root: Path) -> None:
+    """Let the disk break at this process's operation of that number, counted from 1, and work again after it."""
+    seen = 0
+
+    def see(_what: str, path: str, act: Callable[[], Any], begin: Callable[[], Any]) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            begin()
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return act()
+
+    _watch(see, root)
+
+
+def stutter(root: Path) -> None:
+    """Let every write take in half of what it is given, and every hundredth operation take two seconds."""
+    seen = 0
+
+    def see(what: str, _path: str, act: Callable[[], Any], begin: Callable[[], Any]) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen % 100 == 0:
+            time.sleep(2)
+        half = begin() if what == "write" else None
+        return act() if half is None or half == 0 else half
 
     _watch(see, root)
 

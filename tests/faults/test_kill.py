@@ -37,7 +37,15 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(
 def _kill_all_along(
     folder: Path, seconds: dict[str, float], stages: Sequence[str], times: int, chance: random.Random
 ) -> Counter[str]:
-    """Kill a run several times in each of its stages; how often it was in which."""
+    """Kill a run several times in each of its stages; how often it was in which.
+
+    Args:
+        folder: of the run.
+        seconds: that each stage takes at most; less from the time on that a kill came after its end.
+        stages: to be killed.
+        times: each of them.
+        chance: when.
+    """
     hit: Counter[str] = Counter()
     for stage in stages:
         for _ in range(times):
@@ -46,7 +54,9 @@ def _kill_all_along(
             if command.until(partial(_has_come_to, command, stage)):
                 time.sleep(chance.uniform(0, seconds[stage]))
             if command.kill().process.exitcode == -signal.SIGKILL:
-                hit[_stopped(folder)] += 1
+                hit[stopped := _stopped(folder)] += 1
+                if stopped != stage:
+                    seconds[stage] *= 0.7
             assert before.items() <= made(folder).items(), "a finished stage was made again"
     return hit
 
