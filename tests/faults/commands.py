@@ -93,6 +93,9 @@ class Command:
         return self
 
 
+_started: list[Command] = []
+
+
 def start(
     folder: Path,
     *words: str,
@@ -112,7 +115,14 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     process = _forked.Process(target=_run, args=(folder, words, before, given, dict(environment or {})))
     process.start()
-    return Command(folder, process)
+    _started.append(Command(folder, process))
+    return _started[-1]
+
+
+def kill_all() -> None:
+    """Kill every command that is still running, be it stopped: a test that fails leaves nobody to wait for."""
+    while _started:
+        _started.pop().kill()
 
 
 def finish(folder: Path, *words: str) -> Command:

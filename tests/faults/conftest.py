@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from alignpipe import cli
 from tests.faults.chain import WORDS, finish
+from tests.faults.commands import kill_all
 from tests.faults.table import Faults, added_up, as_text
 
 ALL = "--all-faults"
@@ -32,6 +33,13 @@ def count(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was let be."""
     return finish(tmp_path_factory.mktemp("undisturbed"), *WORDS).folder
+
+
+@pytest.fixture(autouse=True)
+def nobody_left() -> Iterator[None]:
+    """End what a test has started and not waited for."""
+    yield
+    kill_all()
 
 
 @pytest.fixture
