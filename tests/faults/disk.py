@@ -187,6 +187,8 @@ def _watch_files(see: Callable[..., Any]) -> None:
         if isinstance(file, int) or not set(mode) & set("wax") or "+" in mode or "opener" in more:
             return _open(file, mode, buffering, *args, **more)
         raw = see("open", _absolute(file), lambda: Watched(file, mode.replace("b", "").replace("t", "")))
+        if buffering == 0:
+            return raw
         buffered = io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **more)
 
