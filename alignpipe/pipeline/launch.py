@@ -88,7 +88,7 @@ def run_in_processes(
         path: where it was written.
         rendezvous_id: by which the machines of a stage find each other.
         stop: a signal to this process is passed on to all of them.
-        lock: descriptor of the stage's lock; the launcher holds it too, until the last process is gone.
+        lock: descriptor of the stage's lock; it is held until the last of the processes is gone, however they go.
         abandoned: asked while they work; True ends them, without an error.
 
     Raises:
@@ -102,7 +102,8 @@ def run_in_processes(
         env=environment(task.launch, num_local),
         # Ctrl-C comes to this process alone, which passes it on once.
         start_new_session=True,
-        pass_fds=() if lock is None else (lock,),
+        # The one descriptor that a process hands on to those it starts, and they to theirs.
+        stdin=subprocess.DEVNULL if lock is None else lock,
     )
     while True:
         try:
