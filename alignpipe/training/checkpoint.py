@@ -117,7 +117,9 @@ def load_newest_state(
     manifest = read_manifest(folder) or Manifest("state", "")
     _check_parents(folder, manifest.parents, parents or {})
     if changed := changed_versions(manifest.versions, made_with()):
-        tell(f"{folder.name} was saved with {', '.join(changed)}; the rows stay the same, figures to 1e-5")
+        tell(
+            f"{', '.join(changed)} since {folder.name}: the rows stay the same, figures to 1e-5, not every bit"
+        )
     saved = _SavedRows(folder)
     for name, target in _tensors(modules, {}).items():
         if name != RANDOM_STATE:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.artifact import Parent
 from alignpipe.errors import CheckpointError, MachineError
+from alignpipe.training import checkpoint
 from alignpipe.training.checkpoint import load_newest_state, save_state
 
 
@@ -53,6 +54,24 @@ def test_tied_weights_come_back_tied(tmp_path: Path, make_llama: Callable[..., P
     load_newest_state(tmp_path, {"model": fresh}, {"model": AdamW(fresh.parameters())})
     assert torch.equal(fresh.lm_head.weight, model.model.embed_tokens.weight)
     assert fresh.lm_head.weight.data_ptr() == fresh.model.embed_tokens.weight.data_ptr()
+
+
+def test_what_keeps_the_rest_from_being_the_same_to_the_bit_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, told = checkpoint.made_with(), list[str]()
+    model, optimizer = _trained()
+    with monkeypatch.context() as then:
+        then.setattr(checkpoint, "made_with", lambda: now | {"torch": "2.0.0", "threads": "99"})
+        _save(tmp_path, 3, model, optimizer)
+    load_newest_state(tmp_path, {"model": model}, {"model": optimizer}, tell=told.append)
+    (line,) = told
+    assert line.startswith(
+        f"torch 2.0.0 -> {now['torch']}, threads 99 -> {now['threads']} since step-000003: the rows stay"
+    )
+    _save(tmp_path, 4, model, optimizer)
+    load_newest_state(tmp_path, {"model": model}, {"model": optimizer}, tell=told.append)
+    assert told == [line]
 
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
