@@ -7,6 +7,7 @@ that is written by foreign code, as tensors are, counts as one write.
 import builtins
 import errno
 import io
+import itertools
 import json
 import os
 import signal
@@ -18,35 +19,33 @@ from typing import Any
 
 import safetensors.torch
 
+BROKE = "broke"
 # What is done, to which path, how it is done, and how it is begun without being finished.
 See = Callable[[str, str, Callable[[], Any], Callable[[], Any]], Any]
 
 
 def die_at(number: int, root: Path) -> None:
     """Let this process be killed at its operation of that number, counted from 1; a write is half done by then."""
-    seen = 0
-
-    def see(_what: str, _path: str, act: Callable[[], Any], begin: Callable[[], Any]) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == number:
-            begin()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return act()
-
-    _watch(see, root)
+    _break_at(number, root, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def fail_at(number: int, root: Path) -> None:
-    """Let the disk break at this process's operation of that number, counted from 1, and work again after it."""
-    seen = 0
+    """Let the disk break at that operation likewise, and work again after it; what it was stands beside the folder."""
 
-    def see(_what: str, path: str, act: Callable[[], Any], begin: Callable[[], Any]) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == number:
+    def fail(what: str, path: str) -> None:
+        (root.parent / BROKE).write_text(what)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    _break_at(number, root, fail)
+
+
+def _break_at(number: int, root: Path, how: Callable[[str, str], None]) -> None:
+    numbers = itertools.count(1)
+
+    def see(what: str, path: str, act: Callable[[], Any], begin: Callable[[], Any]) -> Any:
+        if next(numbers) == number:
             begin()
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            how(what, path)
         return act()
 
     _watch(see, root)

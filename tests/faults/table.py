@@ -39,23 +39,24 @@ class Faults:
         self._properties = properties
         self._began = time.monotonic()
 
-    def tell(self, fault: str, done: int, of: int, seconds: float | None = None) -> None:
+    def tell(self, fault: str, done: int, of: int, *, least: int | None = None) -> None:
         """Add a line to the table.
 
         Args:
             fault: what was broken; lines that say the same are added up.
             done: times that it went as it must.
             of: times that it was tried, more than none.
-            seconds: that it took; by default since the last line of this test, or its begin.
+            least: times that it must have; by default all.
 
         Raises:
             AssertionError: it did harm, or nothing was tried.
         """
         now = time.monotonic()
-        line = Line(fault, done, of, round(now - self._began if seconds is None else seconds, 1))
+        line = Line(fault, done, of, round(now - self._began, 1))
         self._began = now
         self._properties.append(("fault", asdict(line)))
-        assert 0 < of == done, f"{fault}: {line.reached}"
+        assert of > 0, fault
+        assert done >= (of if least is None else least), f"{fault}: {line.reached}"
 
 
 def added_up(told: Iterable[dict[str, Any]]) -> list[Line]:
