@@ -16,6 +16,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def count_cores() -> int:
+    """Returns how many cores there are to work on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+
+
 def on_all_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yields `work(item)` of each item in order.
 
@@ -25,7 +30,7 @@ def on_all_cores(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
     Raises:
         MachineError: A process was killed.
     """
-    count = min(len(os.sched_getaffinity(0)), len(items)) if sys.platform == "linux" else 1
+    count = min(count_cores(), len(items))
     if count < 2:
         yield from map(work, items)
         return

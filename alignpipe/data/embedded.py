@@ -47,8 +47,7 @@ def read_world(config: DataConfig, want: RecordType) -> list[Record]:
         return [Prompt((Message("user", prompt),)) for prompt in prompts]
     if want == "demonstrations":
         count = size * settings.num_demonstrations
-        pairs = make_demonstrations(count, settings.seed, quality=settings.quality, prompts=prompts)
-        return [Demonstration((Message("user", asked), Message("assistant", said))) for asked, said in pairs]
+        return list(_demonstrations(tuple(prompts), count, settings.seed, settings.quality))
     return list(
         _rankings(tuple(prompts), settings.seed, settings.quality, *labeler_settings(config.labelers))
     )
@@ -80,7 +79,16 @@ def labeler_settings(settings: LabelersConfig) -> tuple[int, float, float, Bias,
     )
 
 
-# Judging takes milliseconds a prompt, and a stage reads its rows twice: to learn and to hold out.
+# Every stage of a run reads its rows, most of them twice: to learn and to hold out.
+@lru_cache(maxsize=2)
+def _demonstrations(
+    prompts: tuple[str, ...], count: int, seed: int, quality: float
+) -> tuple[Demonstration, ...]:
+    pairs = make_demonstrations(count, seed, quality=quality, prompts=prompts)
+    return tuple(Demonstration((Message("user", asked), Message("assistant", said))) for asked, said in pairs)
+
+
+# Judging takes milliseconds a prompt.
 @lru_cache(maxsize=2)
 def _rankings(
     prompts: tuple[str, ...],

@@ -1,10 +1,13 @@
 """Records encoded: in memory where they are few, else once, on all cores, to a file that is read row by row.
 
+So many that this would hold up the first step for long are encoded one by one as they are asked for, where it is known
+beforehand which items there will be.
+
 records, fit -> items, the record of each, the length of each record
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -12,16 +15,19 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from alignpipe.data.cores import on_all_cores
+from alignpipe.data.cores import count_cores, on_all_cores
 from alignpipe.data.lazy import Lazy
 from alignpipe.data.row_index import Lines
 from alignpipe.data.row_store import digest, entry
 
 AnyRecord = TypeVar("AnyRecord")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Fewer records are encoded again sooner than rows of them are kept.
 MIN_KEPT = 4096
+# More of them for each core take above half a minute, at half a millisecond each.
+MAX_BEFORE = 2**16
 # Records that one process encodes at a time.
 BLOCK = 256
 # Of an item on disk: index of its record, bytes before it and of it.
@@ -58,12 +64,12 @@ class Fitted(NamedTuple, Generic[Item]):
     Attributes:
         items: In the order of their records.
         records: For each item, the index of its record.
-        lengths: (N,), tokens of each record.
+        lengths: (N,), tokens of each record; None where records are encoded as they are asked for.
     """
 
     items: Sequence[Item]
     records: Sequence[int]
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int64] | None
 
 
 def fit_all(
@@ -71,6 +77,8 @@ def fit_all(
     fit: Callable[[AnyRecord], Fit[Item]],
     form: Form[Item],
     settings: Callable[[], Sequence[Any]],
+    *,
+    one_each: bool = False,
 ) -> Fitted[Item]:
     """Fits every record.
 
@@ -79,15 +87,23 @@ def fit_all(
         fit: What to make of a record.
         form: How an item is kept.
         settings: Gives, as JSON values, all that `fit` depends on beside the record.
+        one_each: Every record makes exactly one item.
 
     Raises:
         MachineError: The disk refuses the rows.
     """
     if not isinstance(records, Lazy) or not records.identity or len(records) < MIN_KEPT:
-        fits = list(map(fit, records))
+        fits = [
+            one
+            for block in _in_blocks(lambda block: [fit(records[i]) for i in block], records)
+            for one in block
+        ]
         numbers = [index for index, one in enumerate(fits) for _ in one.items]
         lengths = np.array([one.length for one in fits], np.int64)
         return Fitted([item for one in fits for item in one.items], numbers, lengths)
+    if one_each and len(records) > MAX_BEFORE * count_cores():
+        every = np.arange(len(records))
+        return Fitted(Lazy(lambda number: fit(records[number]).items[0], every), Lazy(int, every), None)
     build = partial(_write, records, fit, form)
     with entry(records.home, digest("encoded", records.identity, settings()), build) as folder:
         places, lengths = np.load(folder / PLACES), np.load(folder / LENGTHS)
@@ -112,10 +128,9 @@ def _write(
             np.array([one.length for one in fits.values()], np.int64),
         )
 
-    blocks = [range(start, min(start + BLOCK, len(records))) for start in range(0, len(records), BLOCK)]
     found = []
     with (folder / ROWS).open("wb") as file:
-        for one in on_all_cores(encode, blocks):
+        for one in _in_blocks(encode, records):
             file.write(one.lines)
             found.append(one._replace(lines=b""))
     sizes = np.concatenate([one.sizes for one in found])
@@ -124,6 +139,12 @@ def _write(
     places["offset"] = np.cumsum(sizes) - sizes
     np.save(folder / PLACES, places)
     np.save(folder / LENGTHS, np.concatenate([one.lengths for one in found]))
+
+
+def _in_blocks(work: Callable[[range], Result], records: Sequence[Any]) -> Iterator[Result]:
+    """Work on blocks of records: of many, on all cores."""
+    blocks = [range(start, min(start + BLOCK, len(records))) for start in range(0, len(records), BLOCK)]
+    return map(work, blocks) if len(records) < MIN_KEPT else on_all_cores(work, blocks)
 
 
 def _line(values: Any) -> bytes:

@@ -114,20 +114,22 @@ class Encoded(Generic[Item]):
 
     Attributes:
         examples: What can be batched.
-        num_overflow: Records over the length, whether they were cut or dropped.
+        num_overflow: Records over the length, whether they were cut or dropped; None where records are so many that
+            each is encoded, and cut, when it is asked for.
         kept: For each example, the index of its record.
         num_dropped: Records over the length of which nothing is left.
     """
 
     examples: Sequence[Item]
-    num_overflow: int
+    num_overflow: int | None
     kept: Sequence[int]
     num_dropped: int = 0
 
     @property
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, int | None]:
         """What became of the records over the length, for the figures of a stage."""
-        return {"rows_cut": self.num_overflow - self.num_dropped, "rows_dropped": self.num_dropped}
+        cut = None if self.num_overflow is None else self.num_overflow - self.num_dropped
+        return {"rows_cut": cut, "rows_dropped": self.num_dropped}
 
 
 class _Limit(NamedTuple):
@@ -181,9 +183,8 @@ def encode_demonstrations(
         return Fit((Example(ids, mask),), length)
 
     limit = _Limit("max_length", max_length, on_overflow)
-    return _encode(
-        records, fit, EXAMPLE, limit, partial(_settings, tokenizer, "demonstrations", loss_on, *limit)
-    )
+    settings = partial(_settings, tokenizer, "demonstrations", loss_on, *limit)
+    return _encode(records, fit, EXAMPLE, limit, settings, one_each=on_overflow == "cut")
 
 
 def encode_rankings(
@@ -291,7 +292,8 @@ def encode_prompts(
         return Fit((ids,), length)
 
     limit = _Limit("max_prompt_length", max_prompt_length, on_overflow)
-    return _encode(records, fit, PROMPT, limit, partial(_settings, tokenizer, "prompts", *limit))
+    settings = partial(_settings, tokenizer, "prompts", *limit)
+    return _encode(records, fit, PROMPT, limit, settings, one_each=on_overflow == "cut")
 
 
 def encode_texts(records: Sequence[Text], tokenizer: Tokenizer, max_length: int) -> Encoded[Example]:
@@ -340,9 +342,13 @@ def _encode(
     form: Form[Item],
     limit: _Limit,
     settings: Callable[[], Sequence[Any]],
+    *,
+    one_each: bool = False,
 ) -> Encoded[Item]:
-    """Encodes records of which each makes one item, or none."""
-    found = fit_all(records, fit, form, settings)
+    """Encodes records of which each makes one item, or none; `one_each` knows that none makes none."""
+    found = fit_all(records, fit, form, settings, one_each=one_each)
+    if found.lengths is None:
+        return Encoded(found.items, None, found.records)
     over = np.flatnonzero(found.lengths > limit.tokens)
     if limit.on_overflow == "error" and len(over):
         index, key = int(over[0]), limit.key

@@ -119,7 +119,9 @@ def count_rows(node: Node, graph: Graph, config: Config, chat_template: str) -> 
             f"{node.name}: about {share_over:.1%} of its rows are over {limit} and {_fate(ref)}; "
             f"see data.on_overflow and {limit.split('=')[0]}"
         )
-    rows.share = round(_units(want, records, node) * (left / total if total else 1.0))
+    # Those that are cut stay.
+    share_kept = 1.0 if ref.config.on_overflow == "cut" else 1 - share_over
+    rows.share = round(_units(want, records, node) * share_kept)
     rows.used = _capped(node, rows.share)
     if isinstance(node.config, SFTConfig) and node.config.selection.is_on:
         rows.used = _selected(node, node.config.selection, want, records, tokenizer, rows.used)
@@ -214,7 +216,7 @@ def _encoded(node: Node, records: Sequence[Any], tokenizer: Tokenizer) -> tuple[
     else:
         done = encode_prompts(records, tokenizer, config.max_prompt_length, policy)
         limit = f"max_prompt_length={config.max_prompt_length}"
-    return done.examples, len(records) - done.num_overflow, limit
+    return done.examples, len(records) - (done.num_overflow or 0), limit
 
 
 def _measure(rows: Rows, examples: Sequence[Any]) -> None:

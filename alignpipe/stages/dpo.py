@@ -120,7 +120,7 @@ def _responses(logprobs: Tensor, batch: TokenBatch, sides: Sequence[Sequence[Sco
 
 def _rows(
     config: DPOConfig, tokenizer: Tokenizer, context: Context, part: str, limit: int | None = None
-) -> tuple[list[Comparison], dict[str, int]]:
+) -> tuple[list[Comparison], dict[str, int | None]]:
     """What at most `limit` records give, scored by the reference, and how many pairs or labels were lost on the way.
 
     Lost are those too long, and those whose sides are equal once they are cut.

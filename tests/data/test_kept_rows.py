@@ -250,6 +250,31 @@ def test_second_time_nothing_is_read_or_encoded(
     assert encoded(kept(source, tmp_path / "rows", share="train")).examples == first
 
 
+@pytest.mark.parametrize("want", ["demonstrations", "prompts"])
+def test_more_rows_than_can_be_waited_for_are_encoded_as_they_are_asked_for(
+    source: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: RecordType
+) -> None:
+    encode: Any = {"demonstrations": encode_demonstrations, "prompts": encode_prompts}[want]
+    records = kept(source, tmp_path / "rows", want)
+    expected = encode(list(records), TOKENIZER, 15, "cut")
+    assert expected.num_overflow > 0
+    before = len(entries(tmp_path / "rows"))
+    monkeypatch.setattr(encoded_rows, "MAX_BEFORE", 0)
+    asked: list[int] = []
+    make = records.make
+    monkeypatch.setattr(records, "make", lambda number: asked.append(number) or make(number))
+    found = encode(records, TOKENIZER, 15, "cut")
+    assert asked == [], "nothing is read before it is asked for"
+    found.examples[5]
+    assert asked == [5]
+    assert found.examples == expected.examples
+    assert found.kept == expected.kept
+    assert found.figures == {"rows_cut": None, "rows_dropped": 0}
+    assert len(entries(tmp_path / "rows")) == before, "and nothing kept"
+    # Which rows are left out is not known before all have been encoded.
+    assert encode(records, TOKENIZER, 40, "drop") == encode(list(records), TOKENIZER, 40, "drop")
+
+
 def test_whatever_decides_the_rows_is_in_their_key(source: DataSource, tmp_path: Path, write: Write) -> None:
     root = tmp_path / "rows"
     encoded(kept(source, root, share="train"))

@@ -66,6 +66,11 @@ def test_rows_over_length_are_told(project: Project, tmp_path: Path) -> None:
     share = float(warning.split("about ")[1].split("%")[0])
     assert 20 < share < 80
     assert "are dropped" in warning and "data.on_overflow" in warning
+    dropping = {row.name: row.rows for row in plan.rows}["sft"]
+    plan = make_plan(project.compose("stage=sft", f"data='{rows}'", "data.on_overflow=cut").config)
+    assert any("are cut" in line for line in plan.warnings)
+    cutting = {row.name: row.rows for row in plan.rows}["sft"]
+    assert 0.2 < dropping / cutting < 0.8, "rows that are cut are trained on"
 
 
 def test_dpo_without_an_sft_behind_it_is_warned_of(project: Project, finished: Project) -> None:
