@@ -56,12 +56,22 @@ class PackedMask:
     def __init__(self, branches: Sequence[Branch], device: torch.device) -> None:
         self.branches = branches
         self.device = device
+        # A layer, and with how many tokens each branch begins at which nothing is wanted of its attention.
+        self.asking: tuple[Any, tuple[int, ...]] | None = None
         self.sizes = [branch.end - branch.start for branch in branches]
         # One after another would be a call for a few tokens each.
         self.is_short = (
             max(branch.shared + size for branch, size in zip(branches, self.sizes, strict=True)) <= SHORT
         )
         self._made: dict[Hashable, Any] = {}
+
+    def unasked(self, places: Tensor) -> tuple[int, ...]:
+        """With how many tokens each branch begins that are at none of some ascending places."""
+        starts = torch.tensor([branch.start for branch in self.branches])
+        ends = starts + torch.tensor(self.sizes)
+        asked = torch.cat([places.cpu(), ends[-1:]])
+        first = asked[torch.searchsorted(asked, starts)]
+        return tuple((torch.minimum(first, ends) - starts).tolist())
 
     def cut(self, states: Tensor) -> tuple[Tensor, ...]:
         """The branches of queries, keys or values (1, heads, N, d)."""
@@ -91,7 +101,7 @@ class _Padded(NamedTuple):
         queries: (B, Tq) long, places of the row.
         keys: (B, Tk) long, places of the row, those of the shared prompt first.
         bias: (B, 1, Tq, Tk), see `_bias`; None where queries see what stands before them.
-        back: (N,) long, where each token of the row stands among the B * Tq queries.
+        back: (M,) long, where each token that is asked for stands among the B * Tq queries.
     """
 
     queries: Tensor
@@ -100,14 +110,15 @@ class _Padded(NamedTuple):
     back: Tensor
 
 
-def _padded(mask: PackedMask, window: int | None, dtype: torch.dtype) -> _Padded:
-    sizes = torch.tensor(mask.sizes)[:, None]
-    shared = torch.tensor([branch.shared for branch in mask.branches])[:, None]
-    queries, keys = torch.arange(int(sizes.max())), torch.arange(int((sizes + shared).max()))
-    starts = torch.tensor([branch.start for branch in mask.branches])[:, None]
+def _padded(mask: PackedMask, unasked: tuple[int, ...], window: int | None, dtype: torch.dtype) -> _Padded:
+    first = torch.tensor(unasked)[:, None]
+    sizes = torch.tensor(mask.sizes)[:, None] - first
+    before = torch.tensor([branch.shared for branch in mask.branches])[:, None] + first
+    queries, keys = torch.arange(int(sizes.max())), torch.arange(int((sizes + before).max()))
+    starts = torch.tensor([branch.start for branch in mask.branches])[:, None] + first
     bias = None
-    if shared.any() or (window is not None and len(keys) > window):
-        bias = _bias((shared + queries)[:, :, None] - keys, window, dtype)[:, None].to(mask.device)
+    if before.any() or (window is not None and len(keys) > window):
+        bias = _bias((before + queries)[:, :, None] - keys, window, dtype)[:, None].to(mask.device)
     found = (
         (starts + queries).clamp(max=mask.branches[-1].end - 1),
         places(mask.branches, len(keys)),
@@ -152,6 +163,14 @@ def can_pack(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation in PACKED.values()
 
 
+def _asked(mask: PackedMask, unasked: tuple[int, ...]) -> Tensor:
+    """Places of the tokens that are asked for, (M,) long."""
+    rows = zip(mask.branches, unasked, strict=True)
+    return torch.cat([torch.arange(branch.start + first, branch.end) for branch, first in rows]).to(
+        mask.device
+    )
+
+
 @contextmanager
 def packed(branches: Sequence[Branch], device: torch.device) -> Iterator[None]:
     """Inside the block, a forward of a model that can pack reads one row of these branches."""
@@ -160,6 +179,24 @@ def packed(branches: Sequence[Branch], device: torch.device) -> Iterator[None]:
         yield
     finally:
         _MASK.reset(token)
+
+
+@contextmanager
+def asking(layer: Any, places: Tensor) -> Iterator[None]:
+    """Inside the block, and inside `packed`, one layer's attention is wanted at some places of the row alone.
+
+    Args:
+        layer: the module that asks for it.
+        places: (M,) long, ascending; it may be 0 elsewhere.
+    """
+    mask = _MASK.get()
+    if mask is not None:
+        mask.asking = layer, mask.unasked(places)
+    try:
+        yield
+    finally:
+        if mask is not None:
+            mask.asking = None
 
 
 def _mask(*args: Any, of: str, **kwargs: Any) -> Any:
@@ -191,20 +228,35 @@ def _sdpa(
 ) -> Tensor:
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    unasked = (0,) * len(mask.branches)
+    if mask.asking is not None and module is mask.asking[0]:
+        unasked = mask.asking[1]
     attend = _attend_padded if mask.is_short else _attend_one_by_one
-    return attend(query, key, value, mask, scaling, sliding_window)
+    found = attend(query, key, value, mask, unasked, scaling, sliding_window)
+    if not any(unasked):
+        return found
+    places = mask.once(_asked, unasked)
+    return found.new_zeros(1, query.shape[2], *found.shape[2:]).index_copy(1, places, found)
 
 
 def _attend_one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask,
+    unasked: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """Branch by branch: nothing is computed for padding."""
     attend = partial(scaled_dot_product_attention, scale=scale)
     found = []
-    rows = zip(mask.branches, mask.cut(query), mask.seen(key), mask.seen(value), strict=True)
-    for branch, own, keys, values in rows:
-        count = keys.shape[2]
-        if branch.shared or (window is not None and count > window):
+    rows = zip(mask.cut(query), mask.seen(key), mask.seen(value), unasked, strict=True)
+    for whole, keys, values, first in rows:
+        own, count = whole[:, :, first:], keys.shape[2]
+        if own.shape[2] == 0:
+            continue
+        if own.shape[2] < count or (window is not None and count > window):
             bias = mask.once(_branch_bias, own.shape[2], count, window, query.dtype)
             found.append(attend(own, keys, values, attn_mask=bias))
         else:
@@ -213,10 +265,16 @@ def _attend_one_by_one(
 
 
 def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask,
+    unasked: tuple[int, ...],
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """All branches in one call."""
-    padded = mask.once(_padded, window, query.dtype)
+    padded = mask.once(_padded, unasked, window, query.dtype)
 
     def rows(states: Tensor, at: Tensor) -> Tensor:
         """(1, heads, N, d) -> (B, heads, T, d)."""

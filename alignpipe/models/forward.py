@@ -17,7 +17,7 @@ from alignpipe.data.collate import TokenBatch
 from alignpipe.data.packing import Branch, lay_out
 from alignpipe.losses.logprobs import entropy, head_logprobs, target_logprobs
 from alignpipe.models.attention import can_pack, packed, places
-from alignpipe.models.last_block import last_feed_forward, only_at
+from alignpipe.models.last_block import last_block, only_at
 from alignpipe.models.loading import evaluating
 from alignpipe.models.sharding import is_sharded
 
@@ -158,10 +158,10 @@ def body_states(model: PreTrainedModel, batch: TokenBatch, at: Tensor) -> Tensor
     Returns:
         (M, d), row by row.
     """
-    feed_forward = last_feed_forward(model) if can_pack(model) else None
+    parts = last_block(model)
     with _reading(model, batch) as inputs:
         places = inputs.places[at]
-        with only_at(feed_forward, torch.unique(places)):
+        with only_at(parts, torch.unique(places)):
             hidden: Tensor = model.base_model(**inputs.arguments).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, places)
 

@@ -7,8 +7,8 @@ from torch import nn
 
 # What torch takes by itself: the cores.
 ALL_THREADS = torch.get_num_threads()
-# Below this a product is over before another thread has woken up.
-WEIGHTS_PER_THREAD = 10**6
+# Of fewer a product is over before another thread has woken up.
+WEIGHTS_PER_THREAD = 3 * 10**5
 
 
 def fit_threads(model: nn.Module) -> None:

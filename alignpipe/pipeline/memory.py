@@ -376,11 +376,13 @@ def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> f
 
 
 def _unread(role: Role, batch: Batch, setting: Setting) -> float:
-    """Bytes that the last feed-forward does not keep, of tokens that are not read (models/last_block.py)."""
+    """Bytes that the last block does not keep, of tokens that are not read (models/last_block.py)."""
     if setting.cut or role.whole_logits(setting):
         return 0.0
     unread = batch.tokens - min(batch.tokens, batch.rows * batch.learnt)
-    return unread * role.shape.kept_inside * setting.width
+    # What attention gives, and that once more, row laid by row.
+    attended = 2 * role.shape.num_heads * role.shape.head_dim if setting.attention == "sdpa" else 0
+    return unread * (role.shape.kept_inside + attended) * setting.width
 
 
 def _attention_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:

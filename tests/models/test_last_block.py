@@ -1,4 +1,4 @@
-"""The last feed-forward works where something is read; that nothing else changes, test_attention.py shows."""
+"""The last block works where something is read; that nothing else changes, test_attention.py shows."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import nn
 
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example
-from alignpipe.models import last_block
+from alignpipe.models import attention, forward, last_block
 from alignpipe.models.attention import allow_packing
-from alignpipe.models.forward import batch_logprobs
+from alignpipe.models.forward import batch_logprobs, body_states
 from alignpipe.models.loading import ModelSource
 from alignpipe.models.scalar_head import load_scalar_model, sequence_scores, token_scores
 from tests.models.test_attention import ARCHITECTURES, build
@@ -62,17 +62,63 @@ class Mixing(nn.Module):
         return mixed
 
 
-def test_a_feed_forward_that_looks_around_is_left_alone(make_llama):
-    model = make_llama()
-    model.model.layers[-1].mlp = Mixing(model.model.layers[-1].mlp)
-    assert last_block.last_feed_forward(model) is None
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("read", ["responses", "ends", "some", "one"])
+def test_what_is_read_and_its_gradients_are_those_of_a_whole_block(make_llama, monkeypatch, read, long):
+    model = allow_packing(make_llama(num_hidden_layers=2)).double()
+    rows = [Example.of(PROMPT * 2, [11 + at] * (at + (100 if long else 3))) for at in range(4)]
+    batch = collate([*rows, Example.of([5, 6], [7, 8, 9])], 0)
+    at = {
+        "responses": batch.loss_mask,
+        "ends": torch.arange(batch.input_ids.shape[1]) == batch.lengths[:, None] - 1,
+        "some": torch.rand(batch.input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.1,
+        "one": torch.zeros_like(batch.loss_mask).index_put(
+            (torch.tensor(3), torch.tensor(45)), torch.tensor(True)
+        ),
+    }[read] & (torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None])
+    found = []
+    for parts in (last_block.last_block(model), {}):
+        assert set(parts) in (set(last_block.PARTS), set())
+        monkeypatch.setattr(forward, "last_block", lambda _, parts=parts: parts)
+        states = body_states(model, batch, at)
+        loss = (states * torch.linspace(-1, 1, states.numel()).view(states.shape)).sum()
+        found.append((states, torch.autograd.grad(loss, list(model.model.parameters()))))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-12, rtol=1e-12)
+    for mine, whole in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(mine, whole, atol=1e-11, rtol=1e-9)
+
+
+def test_attention_is_asked_for_what_is_read(make_llama, monkeypatch):
+    model = allow_packing(make_llama(num_hidden_layers=2))
+    asked: list[int] = []
+    plain = attention.scaled_dot_product_attention
+
+    def count(query, *args, **kwargs):
+        asked.append(query.shape[0] * query.shape[2])
+        return plain(query, *args, **kwargs)
+
+    batch = collate(ROWS, 0)
+    ends = torch.arange(batch.input_ids.shape[1]) == batch.lengths[:, None] - 1
+    body_states(model, batch, ends)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", count)
+    body_states(model, batch, ends)
+    # Rows of 23, 2 and 4 tokens of their own, padded; then their last ones.
+    assert asked == [3 * 23, 3]
+
+
+def test_a_feed_forward_that_looks_around_is_left_alone_and_what_it_looks_at(make_llama):
+    model = allow_packing(make_llama())
+    assert list(last_block.last_block(model)) == list(last_block.PARTS)
+    other = allow_packing(make_llama())
+    other.model.layers[-1].mlp = Mixing(other.model.layers[-1].mlp)
+    assert last_block.last_block(other) == {}
 
 
 def test_weights_over_several_processes_are_not_tried(make_llama, monkeypatch):
-    model = make_llama()
-    assert last_block.last_feed_forward(model) is model.model.layers[-1].mlp
+    model = allow_packing(make_llama())
+    assert last_block.last_block(model)["mlp"] is model.model.layers[-1].mlp
     monkeypatch.setattr(last_block, "is_sharded", lambda _: True)
-    assert last_block.last_feed_forward(model) is None
+    assert last_block.last_block(model) == {}
 
 
 def test_what_is_computed_again_keeps_its_shape(make_llama):
@@ -93,7 +139,7 @@ def test_what_is_computed_again_keeps_its_shape(make_llama):
 def test_nothing_is_left_behind_where_a_forward_fails(make_llama):
     model = allow_packing(make_llama())
     feed_forward = model.model.layers[-1].mlp
-    with pytest.raises(RuntimeError), last_block.only_at(feed_forward, torch.tensor([0])):
+    with pytest.raises(RuntimeError), last_block.only_at({"mlp": feed_forward}, torch.tensor([0])):
         raise RuntimeError
     assert not feed_forward._forward_hooks
     assert not feed_forward._forward_pre_hooks
