@@ -238,6 +238,7 @@ class ModelConfig:
     max_length: int = number(minimum=8)
     max_prompt_length: int = number(minimum=1)
     max_response_length: int = number(minimum=1)
+    generation_batch_size: int = number(minimum=1, in_key=False)
     adapter: AdapterSizeConfig = field(default_factory=AdapterSizeConfig)
     # Per kind of stage: values that conf/stage/*.yaml read by interpolation.
     training: dict[str, Any] = plain()

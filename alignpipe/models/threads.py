@@ -8,7 +8,7 @@ from torch import nn
 # What torch takes by itself: the cores.
 ALL_THREADS = torch.get_num_threads()
 # Of fewer a product is over before another thread has woken up.
-WEIGHTS_PER_THREAD = 3 * 10**5
+WEIGHTS_PER_THREAD = 2 * 10**5
 
 
 def fit_threads(model: nn.Module) -> None:
