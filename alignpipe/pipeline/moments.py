@@ -96,13 +96,15 @@ def _dpo(config: DPOConfig, models: dict[str, Architecture], work: Work, setting
     """
     policy = Role(models["policy"])
     references = [Role(models[role]) for role in models if role == "reference"]
-    (one, *_) = training_batches(config, work, setting)
     batches = training_batches(config, work, setting, 1 if config.loss in UNPAIRED else 2)
     watching = _watching(config, models, references[0] if references else policy)
     held = held_memory(setting, trained=[policy], frozen=watching)
     alone = replace(held_memory(setting, trained=[policy]), optimizer=0.0)
     return [
-        *(scoring_moment(held_memory(setting, frozen=[model]), model, one, setting) for model in references),
+        *(
+            scoring_moment(held_memory(setting, frozen=[model]), model, batches[0], setting)
+            for model in references
+        ),
         *training_moments(held, policy, batches, setting),
         *_looks(config, held, policy, setting),
         *sampling_moments(alone, policy, config, config.max_prompt_length, config.num_samples, 1, setting),

@@ -167,7 +167,9 @@ def _reference_logprobs(
             return found
     context.check_same_tokens("reference", tokenizer)
     reference = context.load_policy("reference", tokenizer, frozen=True)
+    # As many sequences as a forward in training has.
+    size = config.micro_batch_size * (1 if config.loss in UNPAIRED else 2)
     with context.autocast():
-        scored = sequence_logprobs(reference, examples, tokenizer.pad_id, config.micro_batch_size).tolist()
+        scored = sequence_logprobs(reference, examples, tokenizer.pad_id, size).tolist()
     processes.from_main(lambda: journal.append([{"part": part, "logprobs": scored}]))
     return scored
