@@ -1,8 +1,8 @@
 """How the cost of sft grows with the rows: `python -m benchmarks.growth [--rows N ...] [--start N]`.
 
 The same number of steps over files of 1k to 64k rows: time a token and memory must stay what they are. And a file of
-a million rows, of which the first step must be over within a minute of the command, where rows too long are cut: which of
-them would be dropped is known only when all have been encoded.
+a million rows, of which the first step must be over within a minute of the command, where rows too long are cut: which
+of them would be dropped is known only when all have been encoded.
 """
 
 import argparse
