@@ -18,6 +18,7 @@ from alignpipe.rollout.generate import Sample, sample
 from alignpipe.rollout.served import Answer, ServedPolicy, find_served
 from alignpipe.training.context import Context
 
+# Prompts that are answered between two looks at what is kept, where a batch has no more.
 PROMPTS_PER_RECORD = 256
 
 
@@ -74,6 +75,8 @@ def respond(
     found = [_unpack(record) for record in processes.from_main(journal.read)]
     # Several processes must stop at the same point: between records.
     check = context.stop.check if processes.count() == 1 else None
+    # So many that every batch is full.
+    portion = max(PROMPTS_PER_RECORD, config.generation_batch_size // num_samples) * processes.count()
 
     def draw(first: int, places: list[int]) -> list[list[Response]]:
         indices = [first + place for place in places]
@@ -92,7 +95,7 @@ def respond(
     while len(found) < len(prompts):
         context.check_stop()
         first = len(found)
-        lengths = [len(prompt) for prompt in prompts[first : first + PROMPTS_PER_RECORD * processes.count()]]
+        lengths = [len(prompt) for prompt in prompts[first : first + portion]]
         found += processes.spread(lengths, partial(draw, first))
         records = [{"responses": [asdict(response) for response in row]} for row in found[first:]]
         processes.from_main(partial(journal.append, records))

@@ -19,8 +19,8 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# Groups that attend in one call, up to the longest of them: on a CPU padding costs more than a call does.
-TOGETHER = {"cpu": 8}
+# Numbers that a CPU reads of keys while it makes one more call: groups attend in one as long as their padding is less.
+CALL = {"cpu": 2**15}
 # The name by which transformers knows `attend`.
 GROUPED = "grouped"
 
@@ -167,11 +167,16 @@ class GroupCache(Cache):
         used = np.flatnonzero(self.rows >= 0)
         ends = np.zeros(len(used), dtype=np.int64)
         ends[self.rows[used]] = self.prompts[used] + self.size * self.lengths[used]
-        step = TOGETHER.get(self.device.type, len(used))
-        return [
-            (slice(start, min(start + step, len(used))), int(ends[start : start + step].max()))
-            for start in range(0, len(used), step)
-        ]
+        _, heads, _, width = self.keys[0].shape
+        allowed = CALL.get(self.device.type, np.inf) // (heads * width)
+        parts, start, longest, total = [], 0, 0, 0
+        for row, end in enumerate(ends.tolist()):
+            wider = max(longest, end)
+            if wider * (row + 1 - start) - total - end > allowed:
+                parts.append((slice(start, row), longest))
+                start, wider, total = row, end, 0
+            longest, total = wider, total + end
+        return [*parts, (slice(start, len(ends)), longest)]
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

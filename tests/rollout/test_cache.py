@@ -64,10 +64,10 @@ class Reference:
         self.samples = grown
 
 
-@pytest.mark.parametrize("together", [1, 2, 100])
+@pytest.mark.parametrize("call", [0, 300, 10**6])
 @pytest.mark.parametrize("size", [1, 3])
-def test_attention_to_a_group_is_that_of_each_sample_alone(size, together, monkeypatch):
-    monkeypatch.setattr(module, "TOGETHER", {"cpu": together})
+def test_attention_to_a_group_is_that_of_each_sample_alone(size, call, monkeypatch):
+    monkeypatch.setattr(module, "CALL", {"cpu": call})
     found = Reference(make_cache(5, size))
     for group, length in enumerate([0, LONGEST, 7, 1]):
         found.enter(group, length)
@@ -83,6 +83,17 @@ def test_attention_to_a_group_is_that_of_each_sample_alone(size, together, monke
     found.enter(1, LONGEST)
     for _ in range(2):
         found.step()
+
+
+def test_groups_attend_together_while_their_padding_is_cheaper_than_a_call(monkeypatch):
+    monkeypatch.setattr(module, "CALL", {"cpu": 60 * KEY_HEADS * WIDTH})
+    cache = make_cache(4, 1)
+    found = Reference(cache)
+    for group, length in enumerate([50, 40, 7, 6]):
+        found.enter(group, length)
+    found.step()
+    # 51 columns, 10 of padding in the second group and 43 in the third; the fourth would add 44.
+    assert cache.parts == [(slice(0, 3), 51), (slice(3, 4), 7)]
 
 
 def test_a_group_that_was_freed_shows_nothing_of_what_was_there():
