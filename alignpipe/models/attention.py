@@ -110,6 +110,20 @@ class _Padded(NamedTuple):
     back: Tensor
 
 
+class _Way(NamedTuple):
+    """How a layer attends.
+
+    Attributes:
+        unasked: with how many tokens each branch begins at which nothing is wanted.
+        scale: of the products; None for that of torch.
+        window: of how many tokens, itself among them, a token sees the nearest; None for all.
+    """
+
+    unasked: tuple[int, ...]
+    scale: float | None
+    window: int | None
+
+
 def _padded(mask: PackedMask, unasked: tuple[int, ...], window: int | None, dtype: torch.dtype) -> _Padded:
     first = torch.tensor(unasked)[:, None]
     sizes = torch.tensor(mask.sizes)[:, None] - first
@@ -232,26 +246,18 @@ def _sdpa(
     if mask.asking is not None and module is mask.asking[0]:
         unasked = mask.asking[1]
     attend = _attend_padded if mask.is_short else _attend_one_by_one
-    found = attend(query, key, value, mask, unasked, scaling, sliding_window)
+    found = attend(query, key, value, mask, _Way(unasked, scaling, sliding_window))
     if not any(unasked):
         return found
     places = mask.once(_asked, unasked)
     return found.new_zeros(1, query.shape[2], *found.shape[2:]).index_copy(1, places, found)
 
 
-def _attend_one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: PackedMask,
-    unasked: tuple[int, ...],
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, way: _Way) -> Tensor:
     """Branch by branch: nothing is computed for padding."""
-    attend = partial(scaled_dot_product_attention, scale=scale)
+    attend, window = partial(scaled_dot_product_attention, scale=way.scale), way.window
     found = []
-    rows = zip(mask.cut(query), mask.seen(key), mask.seen(value), unasked, strict=True)
+    rows = zip(mask.cut(query), mask.seen(key), mask.seen(value), way.unasked, strict=True)
     for whole, keys, values, first in rows:
         own, count = whole[:, :, first:], keys.shape[2]
         if own.shape[2] == 0:
@@ -264,17 +270,9 @@ def _attend_one_by_one(
     return torch.cat([part.transpose(1, 2) for part in found], 1)
 
 
-def _attend_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: PackedMask,
-    unasked: tuple[int, ...],
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, way: _Way) -> Tensor:
     """All branches in one call."""
-    padded = mask.once(_padded, unasked, window, query.dtype)
+    padded = mask.once(_padded, way.unasked, way.window, query.dtype)
 
     def rows(states: Tensor, at: Tensor) -> Tensor:
         """(1, heads, N, d) -> (B, heads, T, d)."""
@@ -288,7 +286,7 @@ def _attend_padded(
         rows(value, padded.keys),
         attn_mask=padded.bias,
         is_causal=padded.bias is None,
-        scale=scale,
+        scale=way.scale,
     )
     return found.transpose(1, 2).flatten(0, 1).index_select(0, padded.back)[None]
 

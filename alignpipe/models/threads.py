@@ -14,7 +14,8 @@ WEIGHTS_PER_THREAD = 2 * 10**5
 def fit_threads(model: nn.Module) -> None:
     """Let torch use no more threads than a model keeps busy, unless OMP_NUM_THREADS says how many.
 
-    What a small model computes is then the same to the bit on machines that differ in their number of cores alone.
+    What a small model computes is then the same to the bit on machines that differ in their number of cores alone, as
+    long as each has as many as the model keeps busy.
 
     Args:
         model: as large as any that works beside it, or nearly.

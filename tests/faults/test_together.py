@@ -4,8 +4,8 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,32 @@ def pause_in_run(go: Path) -> None:
         set_latest(store, run)
 
     Store.set_latest = paused  # type: ignore[method-assign]
+
+
+def test_run_that_waits_for_a_stage_says_who_makes_it(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    maker = begin(tmp_path, *SHORT, "run.name=first", before=pause_in_stage, given=(go,))
+    assert maker.until(lambda: _holder(tmp_path, "sft") == maker.pid)
+    waiter = begin(tmp_path, *SHORT, "run.name=second")
+    assert waiter.until(lambda: "makes it; waiting" in waiter.told)
+    assert f"sft: process {maker.pid} on " in waiter.told
+    go.touch()
+    assert [maker.wait(), waiter.wait()] == [0, 0]
+    assert "sft      reused" in waiter.told
+
+
+def pause_in_stage(go: Path) -> None:
+    """Let this process wait for a file while it holds a stage."""
+    lock = Store.lock
+
+    @contextmanager
+    def paused(*arguments: Any) -> Iterator[int | None]:
+        with lock(*arguments) as descriptor:
+            while not go.exists():
+                time.sleep(0.01)
+            yield descriptor
+
+    Store.lock = paused  # type: ignore[method-assign]
 
 
 def test_held_run_is_refused_within_seconds_untouched_and_free_after_the_kill(
