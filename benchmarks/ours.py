@@ -152,6 +152,7 @@ def sample(job: Job) -> Measured:
 def _train(job: Job, kind: str, data: str, *words: str) -> tuple[Clock, TimedContext]:
     """Run a stage over fixed rows for the warm-up and the timed epochs."""
     batch = job.settings["batch_size"]
+    micro_batch = job.settings.get("micro_batch_size", batch)
     return run_stage(
         job,
         kind,
@@ -159,7 +160,7 @@ def _train(job: Job, kind: str, data: str, *words: str) -> tuple[Clock, TimedCon
         f"stage.epochs={job.repetitions + 1}",
         "stage.max_steps=null",
         f"stage.batch_size={batch}",
-        f"stage.micro_batch_size={batch}",
+        f"stage.micro_batch_size={micro_batch}",
         "stage.eval_rows=0",
         *words,
     )

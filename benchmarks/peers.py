@@ -256,11 +256,13 @@ def _train(job: Job, trainer_class: Any, tokens: int, *, train_dataset: Any, **g
 
 def _arguments(job: Job, batch: int, epochs: int) -> dict[str, Any]:
     """What holds for every trainer."""
+    micro_batch = min(batch, job.settings.get("micro_batch_size", batch))
     return {
         **OPTIMIZER,
         "output_dir": str(job.scratch),
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": batch // micro_batch,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "train_sampling_strategy": "sequential",

@@ -178,7 +178,7 @@ def test_a_case_runs_from_end_to_end_and_its_losses_are_the_peers(
     assert found["loss_difference"] < 1e-3
     assert set(found["sides"]) == {
         "alignpipe",
-        *(f"SFTTrainer {way}" for way in ("padded", "grouped", "packed")),
+        *(f"SFTTrainer {way}" for way in ("padded", "padded, 2 x 4 rows", "grouped", "packed")),
     }
     for side in found["sides"].values():
         assert len(side["runs"]) == 1 and side["runs"][0]["peak"] > 1e8
