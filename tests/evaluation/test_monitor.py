@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from alignpipe.artifact import sha256_file
 from alignpipe.compose.composition import compose
 from alignpipe.errors import DataError
-from alignpipe.evaluation.overoptimization import fit_overoptimization
 from alignpipe.pipeline.plan import make_plan
 from alignpipe.pipeline.runner import run
 from tests.project import Project
@@ -171,11 +170,7 @@ def test_hacked_training_ends_at_its_peak_and_bends_without_a_monitor(tmp_path: 
     assert max(gold) - gold[-1] > 0.1
     assert proxy[-1] > proxy[peak] + 0.5
     kl = [look["monitor/kl"] for look in looks]
-    curves = fit_overoptimization(
-        kl, [value - gold[0] for value in gold], [value - proxy[0] for value in proxy]
-    )
-    assert curves.gold.peak_kl is not None and curves.gold.peak_kl < kl[-1] / 4
-    assert curves.proxy.peak_kl is None or curves.proxy.peak_kl > kl[-1]
+    assert kl[peak] < kl[-1] / 4
     # On the prompts of eval, which the monitor did not see.
     scores = [
         json.loads((folder / "eval" / "scores.json").read_text())["policies"][1]
