@@ -41,7 +41,7 @@ class Reference:
             del self.samples[sample]
         self.cache.leave(sorted(groups - {sample // self.cache.size for sample in self.samples}))
 
-    def step(self):
+    def assert_step(self):
         """One token each; what the cache attends to is what each sample alone does."""
         given = sorted(self.samples)
         order, positions = self.cache.open(given)
@@ -72,17 +72,17 @@ def test_attention_to_a_group_is_that_of_each_sample_alone(size, call, monkeypat
     for group, length in enumerate([0, LONGEST, 7, 1]):
         found.enter(group, length)
     for _ in range(3):
-        found.step()
+        found.assert_step()
     # Samples end at places within their groups, and whole groups at the front, so that others move.
     found.end(*range(size), size)
-    found.step()
+    found.assert_step()
     found.enter(0, 9)
-    found.step()
+    found.assert_step()
     found.end(*[sample for sample in found.samples if sample < 3 * size])
-    found.step()
+    found.assert_step()
     found.enter(1, LONGEST)
     for _ in range(2):
-        found.step()
+        found.assert_step()
 
 
 def test_groups_attend_together_while_their_padding_is_cheaper_than_a_call(monkeypatch):
@@ -91,7 +91,7 @@ def test_groups_attend_together_while_their_padding_is_cheaper_than_a_call(monke
     found = Reference(cache)
     for group, length in enumerate([50, 40, 7, 6]):
         found.enter(group, length)
-    found.step()
+    found.assert_step()
     # 51 columns, 10 of padding in the second group and 43 in the third; the fourth would add 44.
     assert cache.parts == [(slice(0, 3), 51), (slice(3, 4), 7)]
 
@@ -101,10 +101,10 @@ def test_a_group_that_was_freed_shows_nothing_of_what_was_there():
     found = Reference(cache)
     found.enter(0, LONGEST)
     for _ in range(NEW_TOKENS):
-        found.step()
+        found.assert_step()
     found.end(0, 1)
     found.enter(0, 0)
-    found.step()
+    found.assert_step()
 
 
 def test_what_is_read_ends_with_the_last_group():
@@ -112,9 +112,9 @@ def test_what_is_read_ends_with_the_last_group():
     found = Reference(cache)
     for group in range(8):
         found.enter(group, 5 + group)
-    found.step()
+    found.assert_step()
     found.end(*range(7))
-    found.step()
+    found.assert_step()
     assert cache.parts == [(slice(0, 1), 12 + 2)]
 
 

@@ -75,8 +75,8 @@ def test_a_server_that_goes_away_is_told_and_the_same_command_goes_on(
     monkeypatch.setenv(server_module.KEY_VARIABLE, "s3cret")
     policy = _Policy(_sft(copied), tokenizer)
     with fake_server(policy) as server:
-        words = [*ORDER, "stages.collect.num_prompts=32", SERVED, f"rollout.url={server.url}"]
-        words += ["rollout.batch_size=32"]
+        engine = [SERVED, f"rollout.url={server.url}", "rollout.batch_size=32"]
+        words = [*ORDER, "stages.collect.num_prompts=32", *engine]
         # Eight prompts to compare, two records of eight prompts with four samples, and some of the third.
         policy.left = 8 + 2 * 32 + 5
         with pytest.raises(MachineError, match="does not answer"):
