@@ -22,6 +22,10 @@ RunName = Annotated[str | None, typer.Argument(help="Name, or the beginning of o
 OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Read as torch loads. Threads that wait by spinning are many times slower once anything else runs; those that sleep at
+# once wake up too late for a small model's next operation. So they spin for some 10 us first (docs/performance.md).
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+
 # A flag or argument that typer itself refuses, whichever click it brings along.
 MisusedCommand: Any = typer.BadParameter.__base__
 
@@ -38,8 +42,9 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Entry point: run a command and turn what a user can cause into one line and an exit code."""
-    # Read as torch loads. Threads that wait by spinning are many times slower once anything else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in THREADS.items():
+            os.environ.setdefault(name, value)
     try:
         _check_command(sys.argv[1:])
         sys.exit(app(standalone_mode=False))

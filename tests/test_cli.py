@@ -200,6 +200,30 @@ def test_reader_that_goes_away_leaves_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, cli.THREADS),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_how_threads_wait_is_set_where_nobody_says_it(
+    given: dict[str, str],
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Set before they are taken away, so that what the command sets is taken back as well.
+    for name in cli.THREADS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _call(["--version"], monkeypatch, capsys)
+    assert {name: os.environ[name] for name in cli.THREADS if name in os.environ} == expected
+
+
 def test_no_color_is_honoured(tmp_path: Path) -> None:
     done = _process(["--help"], tmp_path, NO_COLOR="1", FORCE_COLOR="")
     assert done.returncode == 0
