@@ -5,12 +5,11 @@ comes from the lengths: never from comparing ids with the pad id, which a text m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from alignpipe.data.encoding import Example
-from alignpipe.data.packing import Span, spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +21,36 @@ class TokenBatch:
         lengths: (B,) long, real tokens of each row.
         loss_mask: (B, T) bool, True where a token is learnt; the token at t is predicted from those before
             it.
-        spans: length and prompt of each row, known without a look at the device.
+        rows: ids of each sequence, known without a look at the device.
+        shared: what several begin with may be read once for all of them.
     """
 
     input_ids: torch.Tensor
     lengths: torch.Tensor
     loss_mask: torch.Tensor
-    spans: tuple[Span, ...]
+    rows: tuple[Sequence[int], ...]
+    shared: bool = True
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Returns the batch on another device."""
-        return TokenBatch(
-            self.input_ids.to(device), self.lengths.to(device), self.loss_mask.to(device), self.spans
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            lengths=self.lengths.to(device),
+            loss_mask=self.loss_mask.to(device),
         )
 
     def part(self, rows: Sequence[int]) -> "TokenBatch":
         """Returns some rows, no wider than the longest of them."""
-        chosen = tuple(self.spans[row] for row in rows)
-        width = max(span.length for span in chosen)
+        chosen = tuple(self.rows[row] for row in rows)
+        width = max(map(len, chosen))
         index = torch.tensor(rows, device=self.input_ids.device)
-        return TokenBatch(
-            self.input_ids[index, :width], self.lengths[index], self.loss_mask[index, :width], chosen
+        return replace(
+            self,
+            input_ids=self.input_ids[index, :width],
+            lengths=self.lengths[index],
+            loss_mask=self.loss_mask[index, :width],
+            rows=chosen,
         )
 
 
@@ -52,7 +60,7 @@ def collate(examples: Sequence[Example], pad_id: int, *, shared: bool = True) ->
     Args:
         examples: Sequences.
         pad_id: Fills up the shorter ones.
-        shared: A prompt that several have may be read once for all of them.
+        shared: What several begin with may be read once for all of them.
 
     Raises:
         ValueError: There is no example, or one is empty.
@@ -63,6 +71,5 @@ def collate(examples: Sequence[Example], pad_id: int, *, shared: bool = True) ->
     width = max(lengths)
     ids = [example.ids + [pad_id] * (width - len(example.ids)) for example in examples]
     mask = [example.mask + [False] * (width - len(example.mask)) for example in examples]
-    return TokenBatch(
-        torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask), spans(examples, shared=shared)
-    )
+    rows = tuple(example.ids for example in examples)
+    return TokenBatch(torch.tensor(ids), torch.tensor(lengths), torch.tensor(mask), rows, shared)

@@ -57,6 +57,11 @@ class Example:
         return cls([*prompt, *response], [False] * len(prompt) + [True] * len(response))
 
     @property
+    def prompt(self) -> list[int]:
+        """What stands before the first token that is learnt; all of it where none is."""
+        return self.ids[: self.mask.index(True)] if True in self.mask else self.ids
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that a model reads."""
         return len(self.ids)

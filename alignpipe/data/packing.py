@@ -1,41 +1,27 @@
-"""Rows side by side without padding, and a prompt that several of them share laid once.
+"""Rows side by side without padding, and what several of them begin with laid once.
 
-length and prompt of every row -> which stretch of one long row it is, and what it sees before itself; no torch
+token ids of every row -> which stretch of one long row it is, and what it sees before itself; no torch
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from alignpipe.data.encoding import Example
+import numpy as np
 
-# A shorter prompt is computed again sooner than attended to through a mask.
+# A shorter beginning is computed again sooner than attended to from afar.
 MIN_SHARED = 16
-
-
-class Span(NamedTuple):
-    """What decides where a row of a batch is laid.
-
-    Attributes:
-        length: its tokens.
-        prompt: how many of them are its prompt; fewer than `length`.
-        group: rows of one group have the same prompt.
-    """
-
-    length: int
-    prompt: int
-    group: int
 
 
 class Branch(NamedTuple):
     """The stretch of the long row that holds a row, or what of it no row before it holds.
 
-    Its tokens see the shared prompt, and one another up to themselves.
+    Its tokens see what it shares, and one another up to themselves.
 
     Attributes:
         start: its first token.
         end: behind its last.
-        root: number of the branch that begins with the shared prompt; its own where it shares none.
-        shared: tokens of that prompt; 0 where the stretch is the whole row.
+        root: number of the branch whose row begins with what is shared; its own where it shares nothing.
+        shared: tokens that both rows begin with; 0 where the stretch is the whole row.
     """
 
     start: int
@@ -44,30 +30,39 @@ class Branch(NamedTuple):
     shared: int
 
 
-def spans(examples: Sequence[Example], *, shared: bool = True) -> tuple[Span, ...]:
-    """The rows that examples make; the prompt of each is what stands before the first token that is learnt.
+def lay_out(rows: Sequence[Sequence[int]], *, shared: bool = True) -> tuple[Branch, ...]:
+    """The stretch of each row, in order, none between them left out.
+
+    A row leaves out what it begins with where one before it begins so too: the prompt of several responses, the
+    opening of a template. What that one shares in its turn is shared by both.
 
     Args:
-        examples: of a batch.
-        shared: rows of the same prompt are one group; else each is its own.
+        rows: token ids of each, at least one.
+        shared: else each is laid whole.
     """
-    groups: dict[tuple[int, ...], int] = {}
-    found = []
-    for row, example in enumerate(examples):
-        prompt = example.mask.index(True) if True in example.mask else 0
-        group = groups.setdefault(tuple(example.ids[:prompt]), row) if prompt and shared else row
-        found.append(Span(len(example.ids), prompt, group))
-    return tuple(found)
-
-
-def lay_out(rows: Sequence[Span]) -> tuple[Branch, ...]:
-    """The stretch of each row, in order, none between them left out."""
-    roots: dict[int, int] = {}
+    alike = _alike(rows) if shared else [(0, 0)] * len(rows)
     branches: list[Branch] = []
     end = 0
-    for number, (length, prompt, group) in enumerate(rows):
-        root = roots.setdefault(group, number) if prompt >= MIN_SHARED else number
-        shared = prompt if root != number else 0
-        start, end = end, end + length - shared
-        branches.append(Branch(start, end, root, shared))
+    for number, (row, (root, count)) in enumerate(zip(rows, alike, strict=True)):
+        if count < MIN_SHARED:
+            root, count = number, 0
+        start, end = end, end + len(row) - count
+        branches.append(Branch(start, end, root, count))
     return tuple(branches)
+
+
+def _alike(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Which row before it each begins most like, the first of them, and for how many tokens.
+
+    The last token of a row is always its own.
+    """
+    # Behind its end each row is like no other.
+    table = np.repeat(-1 - np.arange(len(rows))[:, None], 1 + max(map(len, rows)), 1)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    found = [(0, 0)]
+    for number, row in enumerate(rows[1:], 1):
+        counts = (table[:number] != table[number]).argmax(1)
+        root = int(counts.argmax())
+        found.append((root, min(int(counts[root]), len(row) - 1)))
+    return found

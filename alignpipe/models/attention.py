@@ -38,10 +38,10 @@ def places(branches: Sequence[Branch], width: int) -> Tensor:
 
     Behind the end of a branch stands some place of the row.
     """
-    table = torch.tensor([(branch.start, branches[branch.root].start, branch.shared) for branch in branches])
-    start, root, shared = table[:, :, None].unbind(1)
-    column = torch.arange(width)
-    found = torch.where(column < shared, root + column, start + column - shared)
+    found = torch.arange(width).repeat(len(branches), 1)
+    for number, branch in enumerate(branches):
+        found[number] += branch.start - branch.shared
+        found[number, : branch.shared] = found[branch.root, : branch.shared]
     return found.clamp(max=branches[-1].end - 1)
 
 
@@ -78,12 +78,18 @@ class PackedMask:
         return torch.split(states, self.sizes, 2)
 
     def seen(self, states: Tensor) -> list[Tensor]:
-        """Keys or values that each branch sees, (1, heads, shared + own, d)."""
-        parts = self.cut(states)
-        return [
-            torch.cat([parts[branch.root][:, :, : branch.shared], own], 2) if branch.shared else own
-            for branch, own in zip(self.branches, parts, strict=True)
-        ]
+        """Those of all that each branch sees, itself last: (1, heads, shared + own, d)."""
+        found: list[Tensor] = []
+        # One for all that share it: the gradient of each would be as large as what it is of.
+        heads: dict[tuple[int, int], Tensor] = {}
+        for branch, own in zip(self.branches, self.cut(states), strict=True):
+            if branch.shared:
+                address = branch.root, branch.shared
+                if address not in heads:
+                    heads[address] = found[branch.root][:, :, : branch.shared]
+                own = torch.cat([heads[address], own], 2)
+            found.append(own)
+        return found
 
     def once(self, make: Callable[..., T], *arguments: Hashable) -> T:
         """What a function gives for this mask; made by the first layer that asks."""
@@ -254,20 +260,32 @@ def _sdpa(
 
 
 def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, way: _Way) -> Tensor:
-    """Branch by branch: nothing is computed for padding."""
+    """Branch by branch: nothing is computed for padding.
+
+    Where at least half of what a branch sees asks, all of it does: torch skips half of a causal square, and holds no
+    mask.
+    """
     attend, window = partial(scaled_dot_product_attention, scale=way.scale), way.window
+    asking = [size - first for size, first in zip(mask.sizes, way.unasked, strict=True)]
+    counts = [branch.shared + size for branch, size in zip(mask.branches, mask.sizes, strict=True)]
+    whole = [
+        2 * own >= count and (window is None or count <= window)
+        for own, count in zip(asking, counts, strict=True)
+    ]
+    repeats = any(every and branch.shared for every, branch in zip(whole, mask.branches, strict=True))
+    queries = mask.seen(query) if repeats else mask.cut(query)
     found = []
-    rows = zip(mask.cut(query), mask.seen(key), mask.seen(value), way.unasked, strict=True)
-    for whole, keys, values, first in rows:
-        own, count = whole[:, :, first:], keys.shape[2]
-        if own.shape[2] == 0:
+    rows = zip(queries, mask.seen(key), mask.seen(value), asking, counts, whole, strict=True)
+    for asked, keys, values, own, count, every in rows:
+        if own == 0:
             continue
-        if own.shape[2] < count or (window is not None and count > window):
-            bias = mask.once(_branch_bias, own.shape[2], count, window, query.dtype)
-            found.append(attend(own, keys, values, attn_mask=bias))
+        if every:
+            answer = attend(asked, keys, values, is_causal=True)
         else:
-            found.append(attend(own, keys, values, is_causal=True))
-    return torch.cat([part.transpose(1, 2) for part in found], 1)
+            bias = mask.once(_branch_bias, own, count, window, query.dtype)
+            answer = attend(asked[:, :, -own:], keys, values, attn_mask=bias)
+        found.append(answer[:, :, -own:].transpose(1, 2))
+    return torch.cat(found, 1)
 
 
 def _attend_padded(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, way: _Way) -> Tensor:

@@ -43,7 +43,7 @@ class _Inputs:
 def _reading(model: PreTrainedModel, batch: TokenBatch) -> Iterator[_Inputs]:
     """Inside the block, a forward of the model with these inputs reads the batch."""
     if can_pack(model):
-        branches = lay_out(batch.spans)
+        branches = lay_out(batch.rows, shared=batch.shared)
         taken, found = _places(batch, branches)
         ids, positions = batch.input_ids.flatten()[taken], taken % batch.input_ids.shape[1]
         with packed(branches, ids.device):
@@ -62,7 +62,7 @@ def _places(batch: TokenBatch, branches: Sequence[Branch]) -> tuple[Tensor, Tens
     width = batch.input_ids.shape[1]
     column = torch.arange(width)
     shared = torch.tensor([branch.shared for branch in branches])[:, None]
-    lengths = torch.tensor([span.length for span in batch.spans])[:, None]
+    lengths = torch.tensor([len(row) for row in batch.rows])[:, None]
     taken = ((column >= shared) & (column < lengths)).flatten().nonzero().squeeze(1)
     device = batch.input_ids.device
     return taken.to(device), places(branches, width).to(device)

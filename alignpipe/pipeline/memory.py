@@ -409,9 +409,13 @@ def _sharing(shape: Architecture, batch: Batch, setting: Setting) -> float:
         # Padded to the others: a prompt's queries, keys, values and what comes out. Autocast casts the mask each time.
         mask = batch.rows * batch.length**2 * (batch.sharing > 0)
         return 4 * batch.sharing * batch.prompt * queries + mask * autocast
-    # Keys and values of the prompt and its response, where only autocast leaves nothing of the keys it casts.
-    again = (2 * batch.length - batch.learnt * autocast) * queries
-    return batch.sharing * (again + batch.learnt * batch.length * autocast)
+    # Keys and values of the prompt and its response, where only autocast leaves nothing of what it casts.
+    if 2 * batch.learnt < batch.length:
+        again = (2 * batch.length - batch.learnt * autocast) * queries
+        return batch.sharing * (again + batch.learnt * batch.length * autocast)
+    # Queries and what comes out, with its normalizers, as well.
+    again = (3 * batch.length + batch.prompt - 2 * batch.learnt * autocast) * queries
+    return batch.sharing * (again + batch.prompt * shape.num_heads * WIDE / setting.width)
 
 
 def _temporaries(shape: Architecture, batch: Batch, setting: Setting) -> float:

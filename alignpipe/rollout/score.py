@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.encoding import Example
-from alignpipe.data.packing import spans
 from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating
@@ -222,10 +221,10 @@ def _in_batches(
     """
     result = torch.zeros(len(examples), width)
     # Longest first, so that memory fails early; responses to one prompt together, so that it is read once.
-    groups = [span.group for span in spans(examples)]
+    prompts = [tuple(example.prompt) for example in examples]
     mine = processes.deal([len(example.ids) for example in examples])
-    first = {groups[index]: place for place, index in reversed(list(enumerate(mine)))}
-    mine.sort(key=lambda index: first[groups[index]])
+    first = {prompts[index]: place for place, index in reversed(list(enumerate(mine)))}
+    mine.sort(key=lambda index: first[prompts[index]])
     with torch.no_grad(), evaluating(model), in_step(model):
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]

@@ -72,6 +72,23 @@ def examples() -> list[Example]:
     return [Example(start + draw(n), [False] * len(start) + [True] * n) for start, n in lengths]
 
 
+def nested() -> list[Example]:
+    """Rows of which one begins as another that begins as a third, two alike, and one that another begins with."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 99, (count,), generator=generator).tolist()
+
+    opening = draw(17)
+    first, second = opening + draw(3), opening + draw(24)
+    answer = draw(9)
+    pairs = [
+        *((first, answer), (second, draw(5)), (first, answer[:4] + draw(30)), (second, draw(12))),
+        *((first, answer), (first, answer[:6]), (opening, draw(2))),
+    ]
+    return [Example.of(prompt, response) for prompt, response in pairs]
+
+
 def measure(model: PreTrainedModel, rows: list[Example] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs, and the gradients of their sum in one row."""
     model.zero_grad()
@@ -81,15 +98,16 @@ def measure(model: PreTrainedModel, rows: list[Example] | None = None) -> tuple[
     return found.detach(), torch.cat(grads)
 
 
+@pytest.mark.parametrize("rows", [examples, nested])
 @pytest.mark.parametrize("short", [96, 0])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_packed_rows_and_shared_prompts_change_no_logprob_and_no_gradient(monkeypatch, kind, short):
+def test_packed_rows_and_shared_beginnings_change_no_logprob_and_no_gradient(monkeypatch, kind, short, rows):
     monkeypatch.setattr(attention, "SHORT", short)
     padded = build(kind, "eager", **ARCHITECTURES[kind])
     model = allow_packing(build(kind, "sdpa", **ARCHITECTURES[kind]))
     assert can_pack(model)
     assert not can_pack(padded)
-    expected, found = measure(padded), measure(model)
+    expected, found = measure(padded, rows()), measure(model, rows())
     torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found[1], expected[1], atol=2e-5 * float(expected[1].abs().max()), rtol=1e-4)
 
@@ -131,12 +149,15 @@ def test_a_change_in_one_response_is_seen_by_no_other_row(monkeypatch, short):
     assert (after[0] - before[0]).abs().max() > 0.1
 
 
-def test_nothing_is_padded_and_a_shared_prompt_is_read_once():
+def test_nothing_is_padded_and_what_rows_begin_with_is_read_once():
     model = allow_packing(build("llama", "sdpa", **LLAMA))
     read = []
     model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape))
     batch_logprobs(model, collate(examples(), 0))
-    assert read == [(1, 20 + 9 + 34 + 5 + 3 + 14)]
+    batch_logprobs(model, collate(nested(), 0))
+    # Of two rows alike the last token, of one that another begins with too; of the last row its response.
+    nested_tokens = (20 + 9) + (24 + 5) + 30 + 12 + 1 + 1 + 2
+    assert read == [(1, 20 + 9 + 34 + 5 + 3 + 14), (1, nested_tokens)]
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

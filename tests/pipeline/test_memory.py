@@ -17,7 +17,7 @@ from alignpipe.compose.composition import compose
 from alignpipe.config import ACCELERATORS, Config
 from alignpipe.data.collate import collate
 from alignpipe.data.encoding import Example
-from alignpipe.data.packing import lay_out, spans
+from alignpipe.data.packing import lay_out
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
 from alignpipe.losses.logprobs import BLOCK_ELEMENTS, KEPT_ELEMENTS
@@ -196,7 +196,7 @@ def test_activations_are_what_a_forward_keeps(
     attention: str, precision: str, prompts: int, response: int, make_llama: Callable[..., PreTrainedModel]
 ) -> None:
     mask = [False] * 40 + [True] * response
-    rows = [Example([row % prompts] * 40 + [9] * response, mask) for row in range(8)]
+    rows = [Example([row % prompts] * 40 + [9 + row] * response, mask) for row in range(8)]
     _, setting = _stage("sft", precision=precision, attention=attention)
     batch = Batch(8, len(mask), response, (8 - prompts) * setting.shares(40))
     kept, told = [], []
@@ -265,8 +265,8 @@ def test_responses_of_a_ranking_share_their_prompt(shape: Architecture) -> None:
         config.micro_batch_size * 4 * 300
     ]
     # As data/packing.py lays them.
-    rows = [Example([1] * 200 + [2] * 100, [False] * 200 + [True] * 100)] * 4
-    assert lay_out(spans(rows))[-1].end == 200 + 4 * 100
+    rows = [[1] * 200 + [response] * 100 for response in (2, 3, 4, 5)]
+    assert lay_out(rows)[-1].end == 200 + 4 * 100
 
 
 @pytest.mark.parametrize("kind", ["rm", "dpo", "sft"])
