@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3, help="runs of each size")
     parser.add_argument("--data", type=Path)
     given = parser.parse_args()
-    options = Options(repetitions=1, rows=NUM_DISTINCT, data=given.data)
+    options = Options(repetitions=1, rows=NUM_DISTINCT, data=given.data, template="plain")
     costs: dict[int, list[Cost]] = {rows: [] for rows in given.rows}
     with tempfile.TemporaryDirectory() as folder:
         workload = build(Path(folder), SIZE, options)

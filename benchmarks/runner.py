@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from alignpipe.data.template import NAMED
 from benchmarks.case import SIZES, Case, Job, Measured, Side
 from benchmarks.table import HEAD, Result, line
 
@@ -38,6 +39,7 @@ class Options:
         threads: of torch.
         rows: of one repetition, as many pairs of half of them; None as the size says.
         data: folder of public data; None for the embedded world.
+        template: of the rows: alpaca or plain.
         first_peer: leave out all settings of a peer but the first.
     """
 
@@ -46,6 +48,7 @@ class Options:
     threads: int = 2
     rows: int | None = None
     data: Path | None = None
+    template: str = "alpaca"
     first_peer: bool = False
 
 
@@ -89,6 +92,7 @@ def build(folder: Path, size: str, options: Options) -> Path:
     """The workload of a size, made in a process of its own."""
     words = ["--size", size, *(["--rows", str(options.rows)] if options.rows else [])]
     words += ["--data", str(options.data.resolve())] if options.data else []
+    words += ["--template", options.template]
     call([sys.executable, "-m", "benchmarks.workload", str(folder / size), *words], options.threads)
     return folder / size
 
@@ -156,10 +160,11 @@ def main(cases: Sequence[Case], argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=Options.threads)
     parser.add_argument("--rows", type=int, help="of one repetition, a multiple of 8; half as many pairs")
     parser.add_argument("--data", type=Path, help="holds gsm8k_train.jsonl and hh_harmless_pairs.jsonl")
+    parser.add_argument("--template", choices=NAMED, default=Options.template, help="of the rows")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
     parser.add_argument("--quick", action="store_true", help="model S, the first setting of a peer, few rows")
     given = parser.parse_args(argv)
-    options = Options(given.pairs, given.repetitions, given.threads, given.rows, given.data)
+    options = Options(given.pairs, given.repetitions, given.threads, given.rows, given.data, given.template)
     sizes = given.sizes
     if given.quick:
         options = replace(options, pairs=QUICK_PAIRS, repetitions=1, rows=QUICK_ROWS, first_peer=True)

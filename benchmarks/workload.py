@@ -12,8 +12,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from alignpipe.data.records import RecordType
-from alignpipe.data.template import TOY_TEMPLATE
+from alignpipe.data.records import Message, RecordType
+from alignpipe.data.template import NAMED, ChatTemplate
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.data.tokenizer_files import TokenizerFiles
 from alignpipe.data.tokenizer_files import write_tokenizer as write_files
@@ -29,18 +29,25 @@ NUM_PROMPTS = 32
 LONG_PROMPTS = (80, 400)
 
 
-def build(folder: Path, size: Size, data: Path | None) -> None:
+def build(folder: Path, size: Size, data: Path | None, template: str) -> None:
     """Write everything that the cases of one size read.
 
     Args:
         folder: empty.
         size: of the models; decides the vocabulary too, and so which rows fit.
         data: holds `gsm8k_train.jsonl` and `hh_harmless_pairs.jsonl`; None takes the embedded world.
+        template: `alpaca`, with which all rows begin alike, or `plain`.
     """
     demonstrations, pairs = _embedded() if data is None else _read(data)
-    texts = [text for row in [*demonstrations, *pairs] for text in row.values()]
-    write_tokenizer(folder / POLICY, texts, size.vocabulary)
-    tokenizer = Tokenizer.load(folder / POLICY, TOY_TEMPLATE)
+    # As the template renders them, so that its own words are tokens too.
+    rendered = ChatTemplate(NAMED[template])
+    turns = [
+        [Message("user", row["prompt"]), Message("assistant", row["response"])] for row in demonstrations
+    ]
+    texts = [rendered.render(messages, eos_token="") for messages in turns]
+    texts += [text for row in pairs for text in row.values()]
+    write_tokenizer(folder / POLICY, texts, size.vocabulary, NAMED[template])
+    tokenizer = Tokenizer.load(folder / POLICY, NAMED[template])
     _write_models(folder, size, tokenizer)
     _write_lines(folder / DEMONSTRATIONS, demonstrations)
     _write_lines(folder / PAIRS, pairs)
@@ -76,7 +83,7 @@ def stop_ids(size: Size, every: int | None) -> list[int]:
     return [] if every is None else list(range(every - 1, size.vocabulary, every))
 
 
-def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None:
+def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int, template: str) -> None:
     """Train a byte-level BPE of exactly so many entries; the same texts give the same one."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -94,7 +101,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None
     # A small world has fewer merges than the model has rows.
     found.add_tokens([f"<unused{index}>" for index in range(vocabulary - found.get_vocab_size())])
     folder.mkdir(parents=True, exist_ok=True)
-    write_files(TokenizerFiles(found, eos=EOS, pad=PAD), TOY_TEMPLATE, folder)
+    write_files(TokenizerFiles(found, eos=EOS, pad=PAD), template, folder)
 
 
 def _read(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -212,8 +219,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--template", choices=NAMED, required=True)
     given = parser.parse_args()
-    build(given.folder, with_rows(SIZES[given.size], given.rows), given.data)
+    build(given.folder, with_rows(SIZES[given.size], given.rows), given.data, given.template)
 
 
 if __name__ == "__main__":

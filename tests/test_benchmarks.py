@@ -54,7 +54,7 @@ def _public(folder: Path) -> Path:
 def test_workload_is_the_same_every_time_and_its_ids_are_those_of_its_rows(tmp_path: Path) -> None:
     data = _public(tmp_path)
     for name in ("one", "other"):
-        workload.build(tmp_path / name, TINY, data)
+        workload.build(tmp_path / name, TINY, data, "alpaca")
     one = tmp_path / "one"
     files = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]
     assert Path("policy/model.safetensors") in files and Path("reward/model.safetensors") in files
