@@ -380,9 +380,15 @@ def _unread(role: Role, batch: Batch, setting: Setting) -> float:
     if setting.cut or role.whole_logits(setting):
         return 0.0
     unread = batch.tokens - min(batch.tokens, batch.rows * batch.learnt)
-    # What attention gives, and that once more, row laid by row.
-    attended = 2 * role.shape.num_heads * role.shape.head_dim if setting.attention == "sdpa" else 0
+    # What attention gives, where not all of a row asks, and that once more, row laid by row.
+    times = 1 if _asks_whole(batch) else 2
+    attended = times * role.shape.num_heads * role.shape.head_dim if setting.attention == "sdpa" else 0
     return unread * (role.shape.kept_inside + attended) * setting.width
+
+
+def _asks_whole(batch: Batch) -> bool:
+    """Whether all that a row sees asks, as models/attention.py decides it for rows that attend one by one."""
+    return batch.length > SHORT and 2 * batch.learnt >= batch.length
 
 
 def _attention_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:
@@ -410,7 +416,7 @@ def _sharing(shape: Architecture, batch: Batch, setting: Setting) -> float:
         mask = batch.rows * batch.length**2 * (batch.sharing > 0)
         return 4 * batch.sharing * batch.prompt * queries + mask * autocast
     # Keys and values of the prompt and its response, where only autocast leaves nothing of what it casts.
-    if 2 * batch.learnt < batch.length:
+    if not _asks_whole(batch):
         again = (2 * batch.length - batch.learnt * autocast) * queries
         return batch.sharing * (again + batch.learnt * batch.length * autocast)
     # Queries and what comes out, with its normalizers, as well.

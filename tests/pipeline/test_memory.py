@@ -211,15 +211,18 @@ def test_activations_are_what_a_forward_keeps(
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
-def test_last_block_keeps_what_is_read_alone(make_llama: Callable[..., PreTrainedModel]) -> None:
-    rows = [Example([row] * 40 + [9] * 24, [False] * 40 + [True] * 24) for row in range(8)]
+@pytest.mark.parametrize(("prompt", "response"), [(40, 24), (40, 64), (80, 40)])
+def test_last_block_keeps_what_is_read_alone(
+    prompt: int, response: int, make_llama: Callable[..., PreTrainedModel]
+) -> None:
+    rows = [Example.of([row] * prompt, [9] * response) for row in range(8)]
     model = allow_packing(make_llama())
     whole, read = (_kept(model.train(), rows, bf16=False, everywhere=every) for every in (True, False))
     role = Role(parse_architecture(model.config.to_dict()))
     _, setting = _stage("sft")
     told = [
-        training_moments(Memory(), role, [Batch(8, 64, learnt)], setting)[1].activations
-        for learnt in (64, 24)
+        training_moments(Memory(), role, [Batch(8, prompt + response, learnt)], setting)[1].activations
+        for learnt in (prompt + response, response)
     ]
     assert told[0] - told[1] == pytest.approx(whole - read, rel=0.1)
 
