@@ -142,30 +142,34 @@ class _HeadLogprobs(torch.autograd.Function):
         """`d logp / d z_v = (1[v = target] - p_v) / temperature`, z = logits, and on to what they are made of."""
         hidden, targets, normalizer = ctx.saved_tensors
         weight, bias = ctx.head
+        # Their gradient takes the place of the logits, so another pass over the same graph makes them again.
+        kept, ctx.kept = ctx.kept, None
         for_hidden = torch.empty_like(hidden)
-        for_weight = torch.zeros_like(weight, dtype=ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        for_weight = None
         for_bias = torch.zeros_like(bias, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         weights = grads[0] / ctx.temperature
         parts = [torch.split(x, ctx.size) for x in (hidden, for_hidden, targets, normalizer, weights)]
         for index, (states, out, ids, norm, share) in enumerate(zip(*parts, strict=True)):
-            logits = linear(states, weight, bias) if ctx.kept is None else ctx.kept[index]
-            gradient = (_scaled(logits, ctx.temperature) - norm[:, None]).exp_().mul_(-share[:, None])
+            logits = linear(states, weight, bias) if kept is None else kept[index]
+            scaled = _scaled(logits, ctx.temperature)
+            gradient = scaled.sub_(norm[:, None]).exp_().mul_(-share[:, None])
             gradient.scatter_add_(-1, ids[:, None], share[:, None])
             gradient = gradient.to(hidden.dtype)
             torch.mm(gradient, weight, out=out)
-            if for_weight is not None:
-                _add_product(for_weight, gradient, states)
+            if ctx.needs_input_grad[1]:
+                for_weight = _add_product(for_weight, gradient, states, ctx.dtypes[0])
             if for_bias is not None:
                 for_bias += gradient.sum(0)
         return for_hidden, for_weight, for_bias, None, None
 
 
-def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+def _add_product(total: Tensor | None, gradient: Tensor, states: Tensor, dtype: torch.dtype) -> Tensor:
     """Total (V, d) += gradient.T @ states; in place where no dtype stands between."""
+    if total is None:
+        return (gradient.T @ states).to(dtype)
     if total.dtype == states.dtype:
-        total.addmm_(gradient.T, states)
-    else:
-        total += gradient.T @ states
+        return total.addmm_(gradient.T, states)
+    return total.add_(gradient.T @ states)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -106,6 +106,23 @@ def test_head_logprobs_and_gradients_are_those_of_the_whole_logits(
     torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), leaves), gradients)
 
 
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_head_logprobs_have_the_same_gradients_in_a_second_pass(kept, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 5 * 11)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((13, 7), (11, 7), (11,))
+    )
+    found = head_logprobs(hidden, weight, bias, torch.arange(13) % 11)
+    first, again = (
+        torch.autograd.grad(found.square().sum(), (hidden, weight, bias), retain_graph=True) for _ in "12"
+    )
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_head_logprobs_hold_no_logits_of_many_tokens(monkeypatch):
     monkeypatch.setattr(module, "KEPT_ELEMENTS", 0)
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", 40)
