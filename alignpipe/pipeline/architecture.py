@@ -85,6 +85,7 @@ class Architecture:
         kept_inside: of `kept`, those that the feed-forward keeps.
         read_again: numbers of a token that a second and third matrix read too.
         softcapped: logits go through a tanh (arXiv:2408.00118, section 2).
+        made_again: of `kept_inside`, those that models/feed_forward.py makes again from the others.
         source: where the weights come from; roles of one source share a base below their adapters.
     """
 
@@ -107,6 +108,7 @@ class Architecture:
     kept_inside: int
     read_again: int
     softcapped: bool = False
+    made_again: int = 0
     source: str = ""
 
     @property
@@ -273,6 +275,7 @@ def parse_architecture(raw: dict[str, Any]) -> Architecture:
         # q, k and v read the same; gate and up do.
         read_again=3 * hidden,
         softcapped=bool(raw.get("final_logit_softcapping")),
+        made_again=2 * inner if raw.get("hidden_act", "silu") == "silu" and not mlp_bias else 0,
     )
 
 

@@ -364,7 +364,7 @@ def _adamw_temporaries(role: Role, setting: Setting) -> float:
 
 def _layer_activations(shape: Architecture, batch: Batch, setting: Setting) -> float:
     """Bytes that one block keeps for the backward pass."""
-    numbers = shape.kept * setting.width + shape.kept_wide * WIDE
+    numbers = (shape.kept - _made_again(shape, setting)) * setting.width + shape.kept_wide * WIDE
     if setting.adapted:
         # A frozen norm needs no gradient and keeps no scaled input; an adapter keeps what its first matrix made.
         numbers -= 2 * shape.hidden_size * WIDE
@@ -383,7 +383,14 @@ def _unread(role: Role, batch: Batch, setting: Setting) -> float:
     # What attention gives, where not all of a row asks, and that once more, row laid by row.
     times = 1 if _asks_whole(batch) else 2
     attended = times * role.shape.num_heads * role.shape.head_dim if setting.attention == "sdpa" else 0
-    return unread * (role.shape.kept_inside + attended) * setting.width
+    inside = role.shape.kept_inside - _made_again(role.shape, setting)
+    return unread * (inside + attended) * setting.width
+
+
+def _made_again(shape: Architecture, setting: Setting) -> int:
+    """Numbers of a token that a feed-forward makes again, where its last matrix is whole and has no adapter."""
+    adapted = setting.adapted and not {"all-linear", "down_proj"}.isdisjoint(setting.adapter.target_modules)
+    return 0 if setting.cut or adapted else shape.made_again
 
 
 def _asks_whole(batch: Batch) -> bool:
@@ -437,8 +444,8 @@ def _logits(role: Role, batch: Batch, setting: Setting, *, backward: bool) -> tu
         held = numbers * (1 + role.shape.softcapped + backward * (1 + role.entropy))
     else:
         held = numbers * (backward and numbers <= KEPT_LOGITS)
-    # Probabilities, and those of the block before; logits too where none in float32 are held.
-    more = setting.width < WIDE or not held
+    # Probabilities, and those of the block before; logits too where they are in 16 bits.
+    more = setting.width < WIDE
     return held * setting.width, min((2 + more) * BLOCK, (1 + more) * numbers * WIDE)
 
 

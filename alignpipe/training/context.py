@@ -24,6 +24,7 @@ from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.adapters import Adapters
 from alignpipe.models.compiling import compile_training
+from alignpipe.models.feed_forward import keep_gate_and_up
 from alignpipe.models.kernels import use_liger
 from alignpipe.models.loading import ModelSource, freeze, has_own_code, load_policy
 from alignpipe.models.saving import ModelKind, save_model, verify_reload
@@ -208,9 +209,13 @@ class Context:
             getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
         if self.task.kernels == "liger":
             use_liger(model, self.device)
-        if self.task.compile and any(parameter.requires_grad for parameter in model.parameters()):
-            compile_training(model)
-        return shard(model, launch, self.device) if launch.strategy in SHARDED else model
+        if launch.strategy in SHARDED:
+            return shard(model, launch, self.device)
+        if not self.task.compile:
+            return keep_gate_and_up(model)
+        return (
+            compile_training(model) if any(weight.requires_grad for weight in model.parameters()) else model
+        )
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
         """Make sure that a second model reads the ids and the template of the first.

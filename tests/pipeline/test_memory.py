@@ -23,6 +23,7 @@ from alignpipe.errors import CheckpointError
 from alignpipe.losses.logprobs import BLOCK_ELEMENTS, KEPT_ELEMENTS
 from alignpipe.models.attention import SHORT as PADDED
 from alignpipe.models.attention import allow_packing
+from alignpipe.models.feed_forward import keep_gate_and_up
 from alignpipe.models.forward import body_states
 from alignpipe.models.saving import save_model
 from alignpipe.pipeline.accelerators import TABLE, find_machine
@@ -205,7 +206,8 @@ def test_activations_are_what_a_forward_keeps(
         model = make_llama(num_hidden_layers=layers)
         model.set_attn_implementation(attention)
         found = parse_architecture(model.config.to_dict())
-        kept.append(_kept(allow_packing(model).train(), rows, bf16=precision == "bf16"))
+        model = keep_gate_and_up(allow_packing(model)).train()
+        kept.append(_kept(model, rows, bf16=precision == "bf16"))
         loss = training_moments(Memory(), Role(found), [batch], setting)[0]
         told.append(loss.activations + loss.copies)
     assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
@@ -216,7 +218,7 @@ def test_last_block_keeps_what_is_read_alone(
     prompt: int, response: int, make_llama: Callable[..., PreTrainedModel]
 ) -> None:
     rows = [Example.of([row] * prompt, [9] * response) for row in range(8)]
-    model = allow_packing(make_llama())
+    model = keep_gate_and_up(allow_packing(make_llama()))
     whole, read = (_kept(model.train(), rows, bf16=False, everywhere=every) for every in (True, False))
     role = Role(parse_architecture(model.config.to_dict()))
     _, setting = _stage("sft")
