@@ -19,7 +19,7 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
     from alignpipe.data.collate import TokenBatch, collate
-    from alignpipe.data.encoding import Example
+    from alignpipe.data.examples import Example
     from alignpipe.models.attention import allow_packing
     from alignpipe.models.compiling import compile_training
     from alignpipe.models.forward import batch_logprobs

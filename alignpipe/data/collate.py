@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 
 
 @dataclass(frozen=True, slots=True)

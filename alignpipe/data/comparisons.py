@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from alignpipe.data.encoding import Example, RankedExample
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.data.order import order
 
 # A row of one response stands on one side of this rank.

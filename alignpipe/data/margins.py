@@ -6,7 +6,7 @@ ranking -> a worth for each response; the margin of a pair is the difference of 
 from collections.abc import Callable, Iterable
 
 from alignpipe.config import RMConfig
-from alignpipe.data.encoding import RankedExample
+from alignpipe.data.examples import RankedExample
 from alignpipe.data.records import Degree, Ranking
 from alignpipe.errors import DataError
 

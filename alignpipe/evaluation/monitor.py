@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.config import JUDGES, TOY, DPOConfig, PPOConfig, RSConfig
-from alignpipe.data.encoding import Example, encode_prompts
+from alignpipe.data.encoding import encode_prompts
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError

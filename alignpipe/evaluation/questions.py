@@ -9,7 +9,8 @@ from pathlib import Path
 
 from alignpipe.config import TOY, EvalConfig
 from alignpipe.data.counterfactuals import Template, Wording, questions, read_templates
-from alignpipe.data.encoding import Example, encode_demonstrations, encode_prompts, encode_texts
+from alignpipe.data.encoding import encode_demonstrations, encode_prompts, encode_texts
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Demonstration, Message, Prompt, Text, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignpipe.data.encoding import RankedExample
+from alignpipe.data.examples import RankedExample
 
 NUM_BINS = 10
 # Lower bounds of the buckets of pairs; the last one is open. Of ranks: 1, 2, 3 and more places apart.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.config import FixedPolicyConfig, SamplingConfig
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.rollout.generate import Sample, sample
 from alignpipe.rollout.served import Answer, ServedPolicy, find_served

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alignpipe.data.encoding import Example, encode_rankings
+from alignpipe.data.encoding import encode_rankings
+from alignpipe.data.examples import Example
 from alignpipe.data.reward_bench import BenchmarkPair
 from alignpipe.data.tokenizer import Tokenizer
 

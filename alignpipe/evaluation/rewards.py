@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.artifact import read_manifest
 from alignpipe.config import RewardConfig, Rewarded, is_composed, reward_models, reward_weights
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError
 from alignpipe.evaluation.reward_function import RewardFunction

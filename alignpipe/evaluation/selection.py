@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.artifact import write_text
 from alignpipe.config import SelectionConfig, SFTConfig
-from alignpipe.data.encoding import Example, encode_demonstrations
+from alignpipe.data.encoding import encode_demonstrations
+from alignpipe.data.examples import Example
 from alignpipe.data.mixture import Portion
 from alignpipe.data.order import order
 from alignpipe.data.selection import Refusal, refusals

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Message, Ranking
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.statistics import wilson_interval

@@ -24,8 +24,8 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 def keep_gate_and_up(model: PreTrainedModel) -> PreTrainedModel:
     """Let the gated feed-forwards of a model keep no more than they must, in place.
 
-    Those of another form, or already with a forward of their own, stay as they are. Weights are read outside of their
-    module, so none may be cut over processes.
+    Those of another form, or already with a forward of their own, stay as they are. Weights may be cut over processes
+    afterwards, by blocks: a block's are gathered in front of its forward, and of its backward pass.
     """
     for module in model.modules():
         if _is_gated(module, model.device, model.dtype):

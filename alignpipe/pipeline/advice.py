@@ -9,7 +9,8 @@ from itertools import combinations
 from typing import Any
 
 from alignpipe.config import SHARDED, OptimizerConfig, SamplingConfig, StageConfig
-from alignpipe.pipeline.memory import Memory, Setting
+from alignpipe.pipeline.activations import Setting
+from alignpipe.pipeline.memory import Memory
 
 MAX_PROCESSES = 4096
 Needs = Callable[[StageConfig, Setting], Memory]

@@ -26,14 +26,13 @@ from alignpipe.config import (
 from alignpipe.data.comparisons import ranked_pairs
 from alignpipe.data.encoding import (
     Encoded,
-    Example,
-    RankedExample,
     encode_demonstrations,
     encode_prompts,
     encode_rankings,
     encode_texts,
     encode_unpaired,
 )
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.data.margins import check_margins
 from alignpipe.data.mixture import read_portion, source_names
 from alignpipe.data.records import Ranking, Record, RecordType

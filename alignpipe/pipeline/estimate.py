@@ -28,6 +28,7 @@ from alignpipe.config import (
 )
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.pipeline.accelerators import UTILISATION, Machine
+from alignpipe.pipeline.activations import Setting
 from alignpipe.pipeline.architecture import (
     Architecture,
     read_architecture,
@@ -37,7 +38,7 @@ from alignpipe.pipeline.counts import Rows
 from alignpipe.pipeline.graph import Graph, Node
 from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.launch import num_processes
-from alignpipe.pipeline.memory import Memory, Setting, Work, peak
+from alignpipe.pipeline.memory import Memory, Work, peak
 from alignpipe.pipeline.moments import stage_moments
 from alignpipe.pipeline.references import ModelRef
 

@@ -17,13 +17,10 @@ from alignpipe.config import (
     RSConfig,
     SFTConfig,
 )
+from alignpipe.pipeline.activations import WIDE, Batch, Role, Setting
 from alignpipe.pipeline.architecture import Architecture
 from alignpipe.pipeline.memory import (
-    WIDE,
-    Batch,
     Memory,
-    Role,
-    Setting,
     Work,
     check_moment,
     heaviest_rows,

@@ -15,6 +15,7 @@ from alignpipe.data.template import find_template
 from alignpipe.disk import existing, format_bytes
 from alignpipe.errors import CheckpointError, ConfigError, MachineError
 from alignpipe.pipeline.accelerators import Machine, find_machine
+from alignpipe.pipeline.activations import Setting
 from alignpipe.pipeline.adapters import check_adapters
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.build import build_graph
@@ -25,7 +26,6 @@ from alignpipe.pipeline.hub import model_folder
 from alignpipe.pipeline.keys import add_keys
 from alignpipe.pipeline.launch import check_devices, num_processes
 from alignpipe.pipeline.lengths import fit_lengths
-from alignpipe.pipeline.memory import Setting
 from alignpipe.pipeline.plan_row import PlanRow, make_row
 from alignpipe.pipeline.store import Store
 

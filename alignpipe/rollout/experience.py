@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import TokenBatch
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.rollout.generate import Sample, sample
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from alignpipe import processes
 from alignpipe.data.collate import TokenBatch, collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import CheckpointError, NumericalError, listed
 from alignpipe.models.forward import batch_logprobs, mean_hidden
 from alignpipe.models.loading import evaluating

@@ -16,7 +16,8 @@ from alignpipe import processes
 from alignpipe.config import PREFERENCE_LOSSES, UNPAIRED, DPOConfig, num_steps
 from alignpipe.data.collate import TokenBatch, collate
 from alignpipe.data.comparisons import Comparison, Scored, compare, examples_of, label, mismatch, ranked_pairs
-from alignpipe.data.encoding import Encoded, Example, RankedExample, encode_rankings, encode_unpaired
+from alignpipe.data.encoding import Encoded, encode_rankings, encode_unpaired
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.data.records import Ranking, Unpaired
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError

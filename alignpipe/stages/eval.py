@@ -17,7 +17,8 @@ from alignpipe import processes
 from alignpipe.artifact import write_json
 from alignpipe.config import EvalConfig, has_reward
 from alignpipe.data.counterfactuals import Template, answered
-from alignpipe.data.encoding import Example, encode_demonstrations
+from alignpipe.data.encoding import encode_demonstrations
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Demonstration, Message
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.figures import (

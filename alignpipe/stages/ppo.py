@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Encoded, Example, encode_prompts
+from alignpipe.data.encoding import Encoded, encode_prompts
+from alignpipe.data.examples import Example
 from alignpipe.data.order import batches
 from alignpipe.data.records import Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer

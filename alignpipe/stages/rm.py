@@ -18,13 +18,8 @@ from alignpipe.artifact import write_json
 from alignpipe.config import RMConfig, num_steps
 from alignpipe.data.bootstrap import bootstrap_weights
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import (
-    Encoded,
-    Example,
-    RankedExample,
-    encode_demonstrations,
-    encode_rankings,
-)
+from alignpipe.data.encoding import Encoded, encode_demonstrations, encode_rankings
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.data.margins import worths
 from alignpipe.data.records import Demonstration, Ranking
 from alignpipe.data.reward_bench import read_reward_bench

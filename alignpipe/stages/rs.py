@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from alignpipe import processes
 from alignpipe.config import RSConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, encode_demonstrations, encode_prompts
+from alignpipe.data.encoding import encode_demonstrations, encode_prompts
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Demonstration, Prompt, prompt_text
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import AlignpipeError, DataError

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import SFTConfig, num_steps
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Encoded, Example, encode_demonstrations, encode_prompts, encode_texts
+from alignpipe.data.encoding import (
+    Encoded,
+    encode_demonstrations,
+    encode_prompts,
+    encode_texts,
+)
+from alignpipe.data.examples import Example
 from alignpipe.data.lazy import take
 from alignpipe.data.mixture import Portion
 from alignpipe.data.records import Demonstration, Prompt, Text

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, encode_demonstrations, encode_texts
+from alignpipe.data.encoding import encode_demonstrations, encode_texts
+from alignpipe.data.examples import Example
 from alignpipe.data.order import batches
 from alignpipe.data.records import Demonstration, Text
 from alignpipe.data.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 
 
 def test_collate_unequal_lengths_pads_on_the_right() -> None:

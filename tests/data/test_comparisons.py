@@ -1,7 +1,7 @@
 """Rankings and labels -> rows of a loss over preferences."""
 
 from alignpipe.data.comparisons import Comparison, compare, examples_of, label, mismatch, ranked_pairs
-from alignpipe.data.encoding import Example, RankedExample
+from alignpipe.data.examples import Example, RankedExample
 
 
 def _row(prompt: list[int], *responses: list[int], ranks: tuple[float, ...]) -> RankedExample:

@@ -19,12 +19,12 @@ from alignpipe.data.cores import on_all_cores
 from alignpipe.data.dialogue import RowFault
 from alignpipe.data.encoding import (
     Encoded,
-    Example,
     encode_demonstrations,
     encode_prompts,
     encode_rankings,
     encode_texts,
 )
+from alignpipe.data.examples import Example
 from alignpipe.data.formats import read_record
 from alignpipe.data.lazy import Lazy
 from alignpipe.data.mixture import read_portion

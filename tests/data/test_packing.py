@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.packing import MIN_SHARED, Branch, lay_out
 
 LONG = list(range(5, 5 + MIN_SHARED))

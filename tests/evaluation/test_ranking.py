@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alignpipe.data.encoding import Example, RankedExample
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.evaluation.ranking import bucket_report, length_report, pair_report
 
 

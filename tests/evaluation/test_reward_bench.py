@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.reward_bench import read_reward_bench
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import DataError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from alignpipe.data.encoding import Example, encode_demonstrations
+from alignpipe.data.encoding import encode_demonstrations
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Demonstration, Message
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.selection import answer_alone, instruction_following_difficulty, k_center

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Message, Ranking
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.evaluation.stress import BREAKS, CUT, best_answers, broken_examples, stress_report

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignpipe.config import AdapterConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import CheckpointError, MachineError
 from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.models.adapters import Adapters

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.models import attention
 from alignpipe.models.attention import allow_packing, can_pack
 from alignpipe.models.forward import batch_logprobs, mean_hidden

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignpipe.data.collate import TokenBatch, collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import MachineError
 from alignpipe.models import compiling
 from alignpipe.models.attention import PACKED, allow_packing

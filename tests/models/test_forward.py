@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.models import forward
 from alignpipe.models.forward import batch_logprobs

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.models import attention, forward, last_block
 from alignpipe.models.attention import allow_packing
 from alignpipe.models.forward import batch_logprobs, body_states

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.models.attention import allow_packing, can_pack
 from alignpipe.models.forward import batch_logprobs
 from alignpipe.models.neftune import noisy_embeddings, row_noise

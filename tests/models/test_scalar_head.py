@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import CheckpointError
 from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import save_model

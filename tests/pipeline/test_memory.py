@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from alignpipe.compose.composition import compose
 from alignpipe.config import ACCELERATORS, Config
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.packing import lay_out
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import CheckpointError
@@ -27,20 +27,22 @@ from alignpipe.models.feed_forward import keep_gate_and_up
 from alignpipe.models.forward import body_states
 from alignpipe.models.saving import save_model
 from alignpipe.pipeline.accelerators import TABLE, find_machine
+from alignpipe.pipeline.activations import (
+    BLOCK,
+    KEPT_LOGITS,
+    SHORT,
+    Batch,
+    Role,
+    Setting,
+)
 from alignpipe.pipeline.advice import smallest_change
 from alignpipe.pipeline.architecture import Architecture, parse_architecture, read_architecture
 from alignpipe.pipeline.counts import Rows, count_rows
 from alignpipe.pipeline.estimate import decided, estimate
 from alignpipe.pipeline.heaviest import Length
 from alignpipe.pipeline.memory import (
-    BLOCK,
-    KEPT_LOGITS,
     PARTS,
-    SHORT,
-    Batch,
     Memory,
-    Role,
-    Setting,
     Work,
     peak,
     training_batches,

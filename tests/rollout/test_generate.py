@@ -7,7 +7,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from alignpipe.config import SamplingConfig
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import ConfigError
 from alignpipe.rollout import decoder
 from alignpipe.rollout import generate as module

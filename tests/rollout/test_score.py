@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import CheckpointError
 from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.models.loading import ModelSource

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignpipe.artifact import sha256_file, verify
 from alignpipe.config import ArchitectureConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.models.loading import ModelSource, load_policy
 from alignpipe.models.saving import save_model

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import ConfigError, Stopped
 from alignpipe.losses.ppo import kl_k3, policy_loss
 from alignpipe.pipeline.store import TASK

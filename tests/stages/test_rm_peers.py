@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from alignpipe.config import RMConfig
-from alignpipe.data.encoding import RankedExample, encode_rankings
+from alignpipe.data.encoding import encode_rankings
+from alignpipe.data.examples import RankedExample
 from alignpipe.data.order import batches
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records

@@ -13,7 +13,7 @@ from alignpipe.artifact import read_manifest
 from alignpipe.config import RMConfig
 from alignpipe.data.bootstrap import bootstrap_weights
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, RankedExample
+from alignpipe.data.examples import Example, RankedExample
 from alignpipe.data.records import Message
 from alignpipe.data.shares import share_of
 from alignpipe.data.tokenizer import Tokenizer

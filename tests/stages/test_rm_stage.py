@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from alignpipe.artifact import read_manifest
 from alignpipe.config import RMConfig
-from alignpipe.data.encoding import Example, encode_demonstrations, encode_rankings
+from alignpipe.data.encoding import encode_demonstrations, encode_rankings
+from alignpipe.data.examples import Example
 from alignpipe.data.records import Demonstration, Message, Ranking, prompt_text
 from alignpipe.data.shares import in_share
 from alignpipe.data.sources import DataSource, read_records

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alignpipe.config import SFTConfig, num_steps
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example, encode_demonstrations
+from alignpipe.data.encoding import encode_demonstrations
+from alignpipe.data.examples import Example
 from alignpipe.data.order import batches
 from alignpipe.data.records import Demonstration, Message
 from alignpipe.data.shares import in_share

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from alignpipe.compose.composition import compose
 from alignpipe.config import DPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import Stopped
 from alignpipe.evaluation.alarms import Look
 from alignpipe.evaluation.monitor import Monitor

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignpipe.config import SFTConfig
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import Stopped
 from alignpipe.signals import StopSignal
 from alignpipe.training.best_epoch import BestEpoch

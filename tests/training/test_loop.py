@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from alignpipe.config import SFTConfig, num_steps
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.errors import NumericalError, Stopped
 from alignpipe.losses.logprobs import token_logprobs
 from alignpipe.losses.sft import sft_loss

@@ -36,13 +36,12 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("settings", "launch", "expected"),
     [
         ({}, {}, ["keep_gate_and_up"]),
-        # Its weights are not there between the forwards of its modules.
-        ({}, {"strategy": "fsdp2"}, ["shard"]),
+        ({}, {"strategy": "fsdp2"}, ["keep_gate_and_up", "shard"]),
         # The compiler decides what it keeps.
         ({"compile": True}, {}, ["compile_training"]),
     ],
 )
-def test_a_model_is_changed_in_one_way(
+def test_a_model_keeps_gate_and_up_unless_it_is_compiled(
     settings: dict[str, bool],
     launch: dict[str, str],
     expected: list[str],

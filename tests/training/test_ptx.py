@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from alignpipe.compose.composition import compose
 from alignpipe.config import PPOConfig
 from alignpipe.data.collate import collate
-from alignpipe.data.encoding import Example
+from alignpipe.data.examples import Example
 from alignpipe.losses.sft import sft_loss
 from alignpipe.models.forward import batch_logprobs
 from alignpipe.training.context import Context
