@@ -99,7 +99,7 @@ def test_adapters_learn_the_same(targets: list[str], kept_less: int, make_llama:
     for change in (lambda model: model, keep_gate_and_up):
         torch.manual_seed(0)
         settings = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-        # Before the adapter: roles of a stage share what one of them has changed.
+        # The adapter comes in between afterwards.
         model = peft.get_peft_model(change(make_llama()), settings).train()
         found.append((_learn(model), _kept(model)))
     ((expected, gradients), before), ((logits, ours), after) = found
