@@ -209,13 +209,11 @@ class Context:
             getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
         if self.task.kernels == "liger":
             use_liger(model, self.device)
-        if launch.strategy in SHARDED:
-            return shard(model, launch, self.device)
         if not self.task.compile:
-            return keep_gate_and_up(model)
-        return (
-            compile_training(model) if any(weight.requires_grad for weight in model.parameters()) else model
-        )
+            keep_gate_and_up(model)
+        elif any(parameter.requires_grad for parameter in model.parameters()):
+            compile_training(model)
+        return shard(model, launch, self.device) if launch.strategy in SHARDED else model
 
     def check_same_tokens(self, role: str, tokenizer: Tokenizer) -> None:
         """Make sure that a second model reads the ids and the template of the first.
