@@ -7,7 +7,7 @@ product of numbers, and makes a quarter less of what a block of Llama keeps. Lig
 (arXiv:2410.10989).
 """
 
-from functools import partial
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -29,16 +29,15 @@ def keep_gate_and_up(model: PreTrainedModel) -> PreTrainedModel:
     """
     for module in model.modules():
         if _is_gated(module, model.device, model.dtype):
-            module.forward = partial(_forward, module)
+            module.__class__ = _keeping(type(module))  # type: ignore[arg-type]
     return model
 
 
 @torch.no_grad()
 def _is_gated(module: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a module is that and nothing else; tried on three tokens."""
-    if "forward" in vars(module) or not all(
-        isinstance(getattr(module, part, None), nn.Module) for part in PARTS
-    ):
+    own = isinstance(module, _KeepsGateAndUp) or "forward" in vars(module)
+    if own or not all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS):
         return False
     width = getattr(module.gate_proj, "in_features", None)
     if width is None or len(signature(module.forward).parameters) > 1:
@@ -53,13 +52,22 @@ def _plain(module: Any, states: Tensor) -> Tensor:
     return found
 
 
-def _forward(module: Any, states: Tensor) -> Tensor:
-    down = module.down_proj
-    # An adapter may have come in between, and reads the product itself.
-    if not torch.is_grad_enabled() or type(down) is not nn.Linear or down.bias is not None:
-        return _plain(module, states)
-    found: Tensor = _Gated.apply(module.gate_proj(states), module.up_proj(states), down.weight)
-    return found
+class _KeepsGateAndUp:
+    """The forward of a gated feed-forward, in front of the class that transformers gives it."""
+
+    def forward(self: Any, states: Tensor) -> Tensor:
+        down = self.down_proj
+        # An adapter may have come in between, and reads the product itself.
+        if not torch.is_grad_enabled() or type(down) is not nn.Linear or down.bias is not None:
+            return _plain(self, states)
+        found: Tensor = _Gated.apply(self.gate_proj(states), self.up_proj(states), down.weight)
+        return found
+
+
+@cache
+def _keeping(plain: type[nn.Module]) -> type[nn.Module]:
+    """A class, not a function on the module: with a circle of references a model would outlive its last use."""
+    return type(plain.__name__, (_KeepsGateAndUp, plain), {})
 
 
 class _Gated(torch.autograd.Function):

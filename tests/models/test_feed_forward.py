@@ -1,14 +1,16 @@
 """Feed-forwards that keep gate and up alone give what transformers' own give, and keep less."""
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignpipe.models.feed_forward import keep_gate_and_up
+from alignpipe.models.feed_forward import _KeepsGateAndUp, keep_gate_and_up
 from tests.models.test_attention import ARCHITECTURES, build
 
 IDS = torch.arange(3, 67).view(2, 32)
@@ -27,7 +29,7 @@ def _learn(model: PreTrainedModel, *, bf16: bool = False) -> tuple[Tensor, dict[
 
 
 def _count(model: PreTrainedModel) -> int:
-    return sum("forward" in vars(module) for module in model.modules())
+    return sum(isinstance(module, _KeepsGateAndUp) for module in model.modules())
 
 
 def _kept(model: PreTrainedModel) -> int:
@@ -112,6 +114,23 @@ def test_adapters_learn_the_same(targets: list[str], kept_less: int, make_llama:
     assert (
         before - after == kept_less // 2 * IDS.numel() * config.intermediate_size * config.num_hidden_layers
     )
+
+
+def test_a_model_is_gone_with_its_last_name(make_llama: Make) -> None:
+    model = keep_gate_and_up(make_llama())
+    block = ref(model.model.layers[0].mlp)
+    gc.disable()
+    try:
+        del model
+        assert block() is None
+    finally:
+        gc.enable()
+
+
+def test_a_second_time_changes_nothing(make_llama: Make) -> None:
+    model = keep_gate_and_up(make_llama())
+    before = [type(module) for module in model.modules()]
+    assert [type(module) for module in keep_gate_and_up(model).modules()] == before
 
 
 def test_blocks_computed_again_learn_the_same(make_llama: Make) -> None:
