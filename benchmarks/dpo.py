@@ -2,15 +2,19 @@
 
 import sys
 
-from benchmarks.case import Case, Side
+from benchmarks.case import ONE_BY_ONE, Case, Side
 from benchmarks.runner import main
 
 
 def _case(name: str, reference: str, targets: dict[str, float], flops: float) -> Case:
+    peer = f"DPOTrainer padded, reference {reference}"
     return Case(
         name=name,
         ours=Side("alignpipe", "benchmarks.ours:dpo"),
-        peers=(Side(f"DPOTrainer padded, reference {reference}", "benchmarks.peers:dpo"),),
+        peers=(
+            Side(peer, "benchmarks.peers:dpo"),
+            Side(f"{peer}, pair by pair", "benchmarks.peers:dpo", ONE_BY_ONE),
+        ),
         targets=targets,
         flops=flops,
         settings={"batch_size": 4, "reference": reference},

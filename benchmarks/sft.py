@@ -1,8 +1,8 @@
-"""sft against SFTTrainer, the best of padded, padded in halves, grouped and packed: `python -m benchmarks.sft`."""
+"""sft against SFTTrainer, the best of padded, grouped and packed, in whole or cut: `python -m benchmarks.sft`."""
 
 import sys
 
-from benchmarks.case import Case, Side
+from benchmarks.case import ONE_BY_ONE, Case, Side
 from benchmarks.runner import main
 
 # A step of eight rows in two forwards: as fast with us, and half the activations.
@@ -17,6 +17,10 @@ CASES = (
                 for way in ("padded", "grouped", "packed")
             ),
             Side("SFTTrainer padded, 2 x 4 rows", "benchmarks.peers:sft", {"way": "padded", **HALVES}),
+            *(
+                Side(f"SFTTrainer {way}, row by row", "benchmarks.peers:sft", {"way": way, **ONE_BY_ONE})
+                for way in ("padded", "packed")
+            ),
         ),
         targets={"S": 1.8, "M": 2.0},
         flops=6,

@@ -22,6 +22,7 @@ COLUMNS = (
     "memory",
     "at most",
     "losses",
+    "each setting of the peer: times as fast, memory",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
@@ -61,10 +62,10 @@ class Result:
         """The fastest setting of the peers."""
         return max(self.peers, key=lambda label: median(map(rate, self.peers[label])))
 
-    @cached_property
+    @property
     def ratios(self) -> list[float]:
         """How many times as fast as the best peer we were, pair by pair."""
-        return [rate(one) / rate(other) for one, other in zip(self.ours, self.peers[self.best], strict=True)]
+        return self.ratios_to(self.best)
 
     @property
     def target(self) -> float | None:
@@ -74,7 +75,15 @@ class Result:
     @property
     def memory(self) -> float:
         """Our peak memory as a share of the best peer's."""
-        return _peak(self.ours) / _peak(self.peers[self.best])
+        return self.memory_of(self.best)
+
+    def ratios_to(self, label: str) -> list[float]:
+        """How many times as fast as one setting of the peers we were, pair by pair."""
+        return [rate(one) / rate(other) for one, other in zip(self.ours, self.peers[label], strict=True)]
+
+    def memory_of(self, label: str) -> float:
+        """Our peak memory as a share of that of one setting of the peers."""
+        return _peak(self.ours) / _peak(self.peers[label])
 
     @cached_property
     def loss_difference(self) -> float | None:
@@ -129,8 +138,18 @@ def line(result: Result) -> str:
         f"{result.memory:.2f}",
         _bound(result.case.max_memory, result.memory <= (result.case.max_memory or 0)),
         "" if loss is None else f"{loss:.0e}{'' if result.losses_agree else ': FAILED'}",
+        _each(result),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _each(result: Result) -> str:
+    """Nothing where there is but one."""
+    told = [
+        f"{label} {median(result.ratios_to(label)):.2f}, {result.memory_of(label):.2f}"
+        for label in result.peers
+    ]
+    return "; ".join(told) if len(told) > 1 else ""
 
 
 def _bound(bound: float | None, met: bool) -> str:

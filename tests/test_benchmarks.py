@@ -115,7 +115,7 @@ def _result(theirs: tuple[float, ...] = (2.0, 1.0)) -> Result:
     sides = [Side(label, "") for label in ("ours", "padded", "packed")]
     case = Case("sft", sides[0], tuple(sides[1:]), {"S": 2.0}, 6, same_losses=True, max_memory=0.6)
     peers = {
-        "padded": [_measured(second, losses=theirs) for second in (5.0, 6.0, 7.0)],
+        "padded": [_measured(second, losses=theirs) for second in (5.0, 7.0, 7.0)],
         "packed": [_measured(second, peak=200, losses=(9.0,)) for second in (3.0, 8.0, 4.0)],
     }
     return Result(case, "S", [_measured(second) for second in (1.0, 2.0, 4.0)], peers)
@@ -131,7 +131,7 @@ def test_result_is_the_median_of_pairs_against_the_fastest_peer() -> None:
     assert result.share(result.ours) == pytest.approx(6 * SIZES["S"].num_parameters * 300 / 2e9)
     cells = [cell.strip() for cell in line(result).strip("|").split("|")]
     assert cells[:5] == ["sft", "S", "packed", "3.00 (1.00, 4.00)", "2.0: met"]
-    assert cells[8:] == ["0.50", "0.6: met", "0e+00"]
+    assert cells[8:] == ["0.50", "0.6: met", "0e+00", "padded 3.50, 1.00; packed 3.00, 0.50"]
     assert line(replace(result, size="M")).split("|")[5].strip() == ""
 
 
