@@ -19,7 +19,7 @@ OPTIMIZER = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }
-# Gradients of a step added up row by row: nothing is padded, and on two cores activations stay in the cache.
+# Gradients of a step added up row by row, or pair by pair: little is padded, and activations stay in the cache.
 ONE_BY_ONE = {"micro_batch_size": 1}
 
 
