@@ -148,8 +148,8 @@ def held_memory(
     )
 
 
-def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
-    """Copies of weights and gradients that a forward, or a backward pass too, makes of one model."""
+def _copies(role: Role, setting: Setting, *, backward: bool = False, sampling: bool = False) -> float:
+    """Copies of weights and gradients that forwards, or a backward pass too, make of one model."""
     shape, width = role.shape, setting.width
     outside = role.size - shape.num_layers * shape.layer
     learnt = role.own(setting)
@@ -160,8 +160,10 @@ def _copies(role: Role, setting: Setting, *, backward: bool) -> float:
         return width * (layers * shape.layer + outside) + WIDE * shape.layer * backward
     found = 0.0
     if width < WIDE:
-        # Autocast keeps a 16-bit copy of every matrix that is trained, or that a gradient passes through; the head too.
-        matrices = learnt if setting.adapted and not backward else shape.num_layers * shape.matrices
+        # Autocast keeps a 16-bit copy of every matrix that is trained, that a gradient passes through, or that is read
+        # token by token (models/loading.py: cast_once, which weights in 4 bits do without); the head too.
+        every = backward or not setting.adapted or (sampling and setting.adapter.kind != "qlora")
+        matrices = shape.num_layers * shape.matrices * every + learnt * setting.adapted
         found += width * (matrices + shape.embedding * (not role.scalar))
     if backward and setting.launch.strategy == "ddp" and setting.processes > 1:
         found += WIDE * max(min(BUCKET, learnt), 0 if setting.adapted else shape.embedding)
@@ -248,7 +250,7 @@ def scoring_moment(held: Memory, role: Role, batch: Batch, setting: Setting) -> 
     logits, blocks = logits_and_blocks(role, batch, setting, backward=False)
     alive = temporaries(role.shape, batch, setting)
     waiting = _waiting(held, setting)
-    copies = _copies(role, setting, backward=False)
+    copies = _copies(role, setting)
     return waiting.plus("score", copies=copies, activations=alive, logits=logits, other=blocks)
 
 
@@ -282,7 +284,7 @@ def sampling_moments(
     ahead = Batch(max(1, PREFILL_TOKENS // prompt), prompt)
     if num_prompts is not None and num_prompts <= ahead.rows * setting.processes:
         ahead = Batch(ceil(num_prompts / setting.processes), prompt)
-    copies = _copies(role, setting, backward=False)
+    copies = _copies(role, setting, sampling=True)
     if setting.cut and setting.launch.generation_gather == "rollout":
         copies = width * role.size
     # rollout/sampling.py: logits, and two float64 tensors of their size.

@@ -1,9 +1,11 @@
 """Sampled responses: right distribution, right logprobs, and nothing but their address decides them."""
 
+from collections import Counter
 from itertools import chain
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from alignpipe.config import SamplingConfig
@@ -311,3 +313,34 @@ def test_more_tokens_than_positions_is_a_config_error(make_gpt2):
 
 def test_no_prompts_give_no_responses(make_llama):
     assert sample(make_llama(), []) == []
+
+
+CASTS = {torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype}
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each weight of a model was turned into another dtype, by name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        # Under inference mode `to` comes as it is called, else as what it is made of.
+        if func in CASTS and found.dtype != args[0].dtype and args[0].data_ptr() in self.names:
+            self.counts[self.names[args[0].data_ptr()]] += 1
+        return found
+
+
+def test_frozen_weights_are_turned_into_16_bits_once_for_all_tokens(model):
+    prompts = make_prompts(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = sample(model, prompts, stop_ids=NEVER)
+    model.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), Casts(model) as casts:
+        found = sample(model, prompts, stop_ids=NEVER)
+    assert ids_of(found) == ids_of(learning)
+    assert casts.counts and set(casts.counts.values()) == {1}
+    assert not any(weight.requires_grad for weight in model.parameters())
