@@ -7,7 +7,7 @@ BASE = $(VENV)/.base.stamp
 TOOLS = $(VENV)/.tools.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-fast test-gpu faults lint types format check bench bench-quick clean
+.PHONY: help demo test test-all test-fast test-gpu faults lint types format check bench bench-quick bench-gpu clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ bench: $(TOOLS) ## Time everything against the peers, on DATA=FOLDER or the embe
 	$(BENCH).pipeline
 	$(BENCH).growth $(ROWS)
 	$(BENCH) $(ROWS)
+
+bench-gpu: $(TOOLS) ## The same on a GPU: a Llama of a billion weights in bf16 against the peers
+	$(BENCH).gpu_peers $(ROWS)
 
 bench-quick: $(TOOLS) ## The cheapest of it, in minutes: small model, few rows, one setting of each peer
 	$(BENCH) $(ROWS) --quick sft dpo-precomputed

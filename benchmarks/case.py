@@ -30,6 +30,9 @@ class Size:
     Attributes:
         rows: demonstrations of one repetition.
         pairs: preferences of one repetition.
+        kv_heads: of keys and values; as many as of queries for None.
+        questions: prompts of a rollout, and of the best of several.
+        prompts: of mixed length, answered in one repetition.
     """
 
     hidden: int
@@ -39,18 +42,27 @@ class Size:
     vocabulary: int
     rows: int
     pairs: int
+    kv_heads: int | None = None
+    questions: int = 16
+    prompts: int = 32
 
     @property
     def num_parameters(self) -> int:
         """Weights of the language model."""
-        block = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        shared = (self.kv_heads or self.heads) / self.heads
+        attention = round((2 + 2 * shared) * self.hidden**2)
+        block = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
         return self.vocabulary * self.hidden + self.layers * block + self.hidden
 
 
 SIZES = {
     "S": Size(192, 512, 6, 6, 2048, rows=48, pairs=24),
     "M": Size(512, 1376, 8, 8, 8192, rows=24, pairs=12),
+    # The shape of Llama 3.2 1B.
+    "1B": Size(2048, 8192, 16, 32, 32768, rows=256, pairs=128, kv_heads=8, questions=64, prompts=128),
 }
+# What is compared on a CPU.
+CPU_SIZES = ("S", "M")
 
 
 def with_rows(size: Size, rows: int | None) -> Size:
@@ -88,6 +100,10 @@ class Case:
         settings: of both sides.
         same_losses: whether the first peer must see our losses at every step.
         max_memory: peak memory as a share of the peer's; None where it is reported alone.
+        min_share: of the matrix rate that we have to reach; None where it is reported alone.
+        device: of both sides: cpu or cuda.
+        precision: of both sides: fp32, or bf16 over weights in float32.
+        max_loss_difference: of a step, relative, against the peer that must see our losses.
     """
 
     name: str
@@ -98,6 +114,10 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
     same_losses: bool = False
     max_memory: float | None = None
+    min_share: float | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
+    max_loss_difference: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,8 @@ class Job:
         repetitions: timed ones; one more comes before them to warm up.
         threads: of torch.
         settings: of the case and of the side.
+        device: of the case.
+        precision: of the case.
     """
 
     function: str
@@ -121,6 +143,8 @@ class Job:
     repetitions: int
     threads: int
     settings: dict[str, Any]
+    device: str = "cpu"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -130,7 +154,7 @@ class Measured:
     Attributes:
         seconds: of each timed repetition.
         tokens: that each of them is worth, without padding.
-        peak: bytes resident at the most, up to the end of the last repetition.
+        peak: bytes resident at the most, up to the end of the last repetition; on a GPU those that torch holds there.
         losses: of every step, those of the warm-up first; empty where there are none to compare.
         rates: floating point operations a second of matrix products, before and after.
     """

@@ -5,6 +5,8 @@ import sys
 import time
 from itertools import pairwise
 
+import torch
+
 # Linux counts in kilobytes, macOS in bytes.
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -12,19 +14,28 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 class Clock:
     """Begun once, marked after every step.
 
+    Args:
+        device: cpu, or cuda, whose work is waited for before every mark.
+
     Attributes:
         marks: seconds, the begin first.
-        peak: bytes resident at the most, up to the last mark.
+        peak: bytes at the most up to the last mark: resident, or what torch holds of the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.on_gpu = device == "cuda"
         self.marks: list[float] = []
         self.peak = 0
 
     def mark(self) -> None:
         """A step is over, or the first one begins."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
-        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+        if self.on_gpu:
+            self.peak = torch.cuda.max_memory_reserved()
+        else:
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
     def repetitions(self, timed: int) -> list[float]:
         """Seconds of each timed repetition: the steps are cut into one part more, and the first is warm-up.

@@ -129,11 +129,12 @@ def ppo(job: Job) -> Measured:
 
 def sample(job: Job) -> Measured:
     """Responses to prompts as rs, collect and eval sample them."""
-    settings, clock = job.settings, Clock()
+    settings, clock = job.settings, Clock(job.device)
     length = settings["response_length"]
-    context = _context(
-        job, "sft", DEMONSTRATIONS, clock, f"stage.max_response_length={length}", "stage.temperature=1.0"
-    )
+    words = [f"stage.max_response_length={length}", "stage.temperature=1.0"]
+    if "under_way" in settings:
+        words.append(f"stage.generation_batch_size={settings['under_way']}")
+    context = _context(job, "sft", DEMONSTRATIONS, clock, *words)
     config: Any = context.task.config
     tokenizer = context.tokenizer("policy")
     tokenizer.stop_ids = tuple(stop_ids(SIZES[job.size], settings["stop_every"]))
@@ -175,7 +176,7 @@ def run_stage(job: Job, kind: str, data: str, *words: str) -> tuple[Clock, Timed
         data: file below the workload.
         words: of the command line.
     """
-    clock = Clock()
+    clock = Clock(job.device)
     context = _context(
         job,
         kind,
@@ -205,7 +206,10 @@ def _context(job: Job, kind: str, data: str, clock: Clock, *words: str) -> Timed
             f"model.max_length={MAX_LENGTH}",
             f"model.max_prompt_length={MAX_LENGTH - 128}",
             "model.max_response_length=128",
-            "launch=cpu",
+            "launch=single",
+            f"launch.device={job.device}",
+            f"launch.precision={job.precision}",
+            f"model.attn_implementation={job.settings.get('attention', 'sdpa')}",
             f"seed={SEED}",
             *words,
         ]
@@ -214,7 +218,7 @@ def _context(job: Job, kind: str, data: str, clock: Clock, *words: str) -> Timed
     (node,) = plan.graph.nodes.values()
     task = stage_task(node, composed.config, plan, store)
     (task.work / "result").mkdir(parents=True)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=job.device == "cpu")
     metrics = MetricLog(task.work, accelerator)
     return TimedContext(task, accelerator, metrics, TimedProgress(clock), StopSignal(task.work / STOP))
 

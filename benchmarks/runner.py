@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.data.template import NAMED
-from benchmarks.case import SIZES, Case, Job, Measured, Side
+from benchmarks.case import CPU_SIZES, Case, Job, Measured, Side
 from benchmarks.table import HEAD, Result, line
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,15 @@ def measure(case: Case, side: Side, size: str, workload: Path, options: Options)
         scratch = Path(folder)
         settings = {**case.settings, **side.settings}
         job = Job(
-            side.function, workload, scratch / "work", size, options.repetitions, options.threads, settings
+            side.function,
+            workload,
+            scratch / "work",
+            size,
+            options.repetitions,
+            options.threads,
+            settings,
+            case.device,
+            case.precision,
         )
         job.scratch.mkdir()
         (scratch / "job.json").write_text(json.dumps(asdict(job), default=str))
@@ -150,11 +158,17 @@ def run(cases: Sequence[Case], sizes: Sequence[str], options: Options, out: Path
     return int(failed)
 
 
-def main(cases: Sequence[Case], argv: Sequence[str] | None = None) -> int:
-    """The command line that every script of a case has."""
+def main(cases: Sequence[Case], argv: Sequence[str] | None = None, known: Sequence[str] = CPU_SIZES) -> int:
+    """The command line that every script of a case has.
+
+    Args:
+        cases: of the script.
+        argv: in place of what the process was given.
+        known: names of the sizes that the cases are for.
+    """
     parser = argparse.ArgumentParser(description="Ours against the peers, side by side.")
     parser.add_argument("words", nargs="*", help="cases whose name holds one of them; all without")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=known, default=list(known))
     parser.add_argument("--pairs", type=int, default=Options.pairs)
     parser.add_argument("--repetitions", type=int, default=Options.repetitions)
     parser.add_argument("--threads", type=int, default=Options.threads)
@@ -162,12 +176,14 @@ def main(cases: Sequence[Case], argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="holds gsm8k_train.jsonl and hh_harmless_pairs.jsonl")
     parser.add_argument("--template", choices=NAMED, default=Options.template, help="of the rows")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
-    parser.add_argument("--quick", action="store_true", help="model S, the first setting of a peer, few rows")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest model, few rows, one setting of a peer"
+    )
     given = parser.parse_args(argv)
     options = Options(given.pairs, given.repetitions, given.threads, given.rows, given.data, given.template)
     sizes = given.sizes
     if given.quick:
         options = replace(options, pairs=QUICK_PAIRS, repetitions=1, rows=QUICK_ROWS, first_peer=True)
-        sizes = ["S"]
+        sizes = known[:1]
     chosen = [case for case in cases if not given.words or any(word in case.name for word in given.words)]
     return run(chosen, sizes, options, given.out)

@@ -8,8 +8,6 @@ from typing import Any
 
 from benchmarks.case import SIZES, Case, Measured
 
-# Relative; of every step against the peer's padded setting.
-MAX_LOSS_DIFFERENCE = 1e-3
 COLUMNS = (
     "case",
     "model",
@@ -96,7 +94,7 @@ class Result:
     @property
     def losses_agree(self) -> bool:
         """Whether the two trained on the same rows to the same end."""
-        return self.loss_difference is None or self.loss_difference <= MAX_LOSS_DIFFERENCE
+        return self.loss_difference is None or self.loss_difference <= self.case.max_loss_difference
 
     def share(self, measured: Sequence[Measured]) -> float:
         """Of the matrix rate measured around them, what the useful tokens took."""
@@ -133,7 +131,7 @@ def line(result: Result) -> str:
         f"{ratio:.2f} ({min(ratios):.2f}, {max(ratios):.2f})",
         _bound(result.target, result.target is not None and ratio >= result.target),
         f"{_rate(result.ours):,.0f}, {_rate(theirs):,.0f}",
-        f"{result.share(result.ours):.0%}, {result.share(theirs):.0%}",
+        _shares(result),
         f"{_peak(result.ours) / 1e6:,.0f}, {_peak(theirs) / 1e6:,.0f}",
         f"{result.memory:.2f}",
         _bound(result.case.max_memory, result.memory <= (result.case.max_memory or 0)),
@@ -141,6 +139,14 @@ def line(result: Result) -> str:
         _each(result),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _shares(result: Result) -> str:
+    """Of the matrix rate, ours and the best peer's."""
+    ours, theirs = (result.share(side) for side in (result.ours, result.peers[result.best]))
+    least = result.case.min_share
+    bound = "" if least is None else f" (at least {least:.0%}: {'met' if ours >= least else 'no'})"
+    return f"{ours:.0%}{bound}, {theirs:.0%}"
 
 
 def _each(result: Result) -> str:

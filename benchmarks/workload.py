@@ -24,8 +24,6 @@ DEMONSTRATIONS, PAIRS, QUESTIONS, IDS = "demonstrations.jsonl", "pairs.jsonl", "
 POLICY, REWARD = "policy", "reward"
 # What the tokenizer is trained on, and what rows are chosen from.
 NUM_TEXTS = 2000
-NUM_QUESTIONS = 16
-NUM_PROMPTS = 32
 LONG_PROMPTS = (80, 400)
 
 
@@ -53,14 +51,14 @@ def build(folder: Path, size: Size, data: Path | None, template: str) -> None:
     _write_lines(folder / PAIRS, pairs)
     rows = _demonstrations(folder / DEMONSTRATIONS, tokenizer)
     prompts = [row["ids"][: row["mask"].index(True)] for row in rows]
-    _write_lines(folder / QUESTIONS, _lines(folder / DEMONSTRATIONS)[:NUM_QUESTIONS])
+    _write_lines(folder / QUESTIONS, _lines(folder / DEMONSTRATIONS)[: size.questions])
     stream = cycle(token for row in rows for token in row["ids"])
     ids = {
         "demonstrations": _first(folder / DEMONSTRATIONS, rows, size.rows),
         "pairs": _first(folder / PAIRS, _pairs(folder / PAIRS, tokenizer), size.pairs),
-        "questions": prompts[:NUM_QUESTIONS],
-        "mixed": prompts[:NUM_PROMPTS],
-        **{str(length): _cut(stream, length) for length in LONG_PROMPTS},
+        "questions": prompts[: size.questions],
+        "mixed": prompts[: size.prompts],
+        **{str(length): _cut(stream, length, size.questions) for length in LONG_PROMPTS},
     }
     (folder / IDS).write_text(json.dumps(ids))
 
@@ -151,6 +149,7 @@ def _write_models(folder: Path, size: Size, tokenizer: Tokenizer) -> None:
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=2 * MAX_LENGTH,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_id,
@@ -207,9 +206,9 @@ def _first(path: Path, ids: list[dict[str, Any]], count: int) -> list[dict[str, 
     return ids[:count]
 
 
-def _cut(stream: Iterator[int], length: int) -> list[list[int]]:
+def _cut(stream: Iterator[int], length: int, count: int) -> list[list[int]]:
     """Prompts of one length."""
-    return [list(islice(stream, length)) for _ in range(NUM_QUESTIONS)]
+    return [list(islice(stream, length)) for _ in range(count)]
 
 
 def main() -> None:

@@ -11,16 +11,16 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import __main__ as every
-from benchmarks import growth, pipeline, workload
-from benchmarks.case import SIZES, Case, Measured, Side
+from benchmarks import gpu_peers, growth, pipeline, sft, workload
+from benchmarks.case import CPU_SIZES, SIZES, Case, Measured, Side
 from benchmarks.clock import Clock
-from benchmarks.runner import main
+from benchmarks.runner import Options, build, compare, main
 from benchmarks.table import Result, difference, line, rate
 
 TINY = replace(SIZES["S"], hidden=32, intermediate=64, layers=1, heads=2, vocabulary=400, rows=8, pairs=4)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("S", 3.05), ("M", 29.5)])
+@pytest.mark.parametrize(("name", "millions"), [("S", 3.05), ("M", 29.5), ("1B", 1040.3)])
 def test_models_have_the_size_that_is_told(name: str, millions: float) -> None:
     size = SIZES[name]
     config = LlamaConfig(
@@ -29,6 +29,7 @@ def test_models_have_the_size_that_is_told(name: str, millions: float) -> None:
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
@@ -81,7 +82,7 @@ def test_workload_is_the_same_every_time_and_its_ids_are_those_of_its_rows(tmp_p
     assert workload.num_tokens(one, "pairs") == sum(both)
     for length in (80, 400):
         prompts = workload.ids_of(one, str(length))
-        assert {len(prompt) for prompt in prompts} == {length} and len(prompts) == workload.NUM_QUESTIONS
+        assert {len(prompt) for prompt in prompts} == {length} and len(prompts) == TINY.questions
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -135,6 +136,14 @@ def test_result_is_the_median_of_pairs_against_the_fastest_peer() -> None:
     assert line(replace(result, size="M")).split("|")[5].strip() == ""
 
 
+def test_a_share_of_the_matrix_rate_that_has_to_be_reached_is_told() -> None:
+    result = _result()
+    share = result.share(result.ours)
+    for least, told in ((share / 2, "met"), (share * 2, "no")):
+        case = replace(result.case, min_share=least)
+        assert f"(at least {least:.0%}: {told}), " in line(replace(result, case=case))
+
+
 def test_losses_are_held_against_the_first_peer_at_every_step() -> None:
     assert difference([2.0, 1.0], [2.0, 1.25]) == pytest.approx(0.2)
     assert _result((2.0, 1.0009)).losses_agree
@@ -157,11 +166,21 @@ def test_pipeline_line_says_whether_the_median_is_in_time() -> None:
     assert pipeline.line("whole", [91.0], 90.0).endswith("90: no |")
 
 
-def test_every_case_names_functions_that_exist_and_targets_of_known_sizes() -> None:
-    names = [case.name for case in every.CASES]
+@pytest.mark.parametrize(
+    ("cases", "sizes"), [(every.CASES, CPU_SIZES), (gpu_peers.CASES, (gpu_peers.SIZE,))], ids=["cpu", "gpu"]
+)
+def test_every_case_has_targets_of_its_sizes_and_labels_of_its_own(
+    cases: tuple[Case, ...], sizes: tuple[str, ...]
+) -> None:
+    names = [case.name for case in cases]
     assert len(set(names)) == len(names) == 8
-    for case in every.CASES:
-        assert set(case.targets) <= set(SIZES)
+    for case in cases:
+        assert set(case.targets) <= set(sizes) <= set(SIZES)
+        for size in (SIZES[name] for name in sizes):
+            rows = size.rows if case.name == "sft" else size.pairs
+            # A repetition has whole steps, and a rollout every question.
+            assert rows % case.settings.get("batch_size", rows) == 0
+            assert case.settings.get("rollout_size", size.questions) == size.questions
         labels = [side.label for side in (case.ours, *case.peers)]
         assert len(set(labels)) == len(labels)
 
@@ -176,10 +195,26 @@ def test_a_case_runs_from_end_to_end_and_its_losses_are_the_peers(
     assert "| sft | S | SFTTrainer " in capsys.readouterr().out
     (found,) = json.loads((tmp_path / "found.json").read_text())["results"]
     assert found["loss_difference"] < 1e-3
-    assert set(found["sides"]) == {
-        "alignpipe",
-        *(f"SFTTrainer {way}" for way in ("padded", "padded, 2 x 4 rows", "grouped", "packed")),
-    }
+    assert set(found["sides"]) == {"alignpipe", *(peer.label for peer in sft.CASES[0].peers)}
     for side in found["sides"].values():
         assert len(side["runs"]) == 1 and side["runs"][0]["peak"] > 1e8
         assert len(side["runs"][0]["seconds"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "dpo", "sample-mixed", "ppo"])
+def test_a_case_of_the_gpu_runs_in_bf16_on_a_cpu_too(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl", minversion="1.16", reason="TRL is of the test extra")
+    (case,) = (case for case in gpu_peers.CASES if case.name == name)
+    fewer = {"batch_size": 4, "rollout_size": 16, "response_length": 16, "attention": "sdpa"}
+    options = Options(pairs=1, repetitions=1, threads=1, rows=8, first_peer=True)
+    small = replace(case, device="cpu", settings={**case.settings, **fewer})
+    result = compare(small, "S", build(tmp_path, "S", options), options)
+    assert result.losses_agree and all(ratio > 0 for ratio in result.ratios)
+
+
+def test_without_a_gpu_nothing_is_compared_there(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu_peers.run([]) == 5
+    assert "no CUDA device" in capsys.readouterr().err
