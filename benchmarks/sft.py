@@ -5,12 +5,12 @@ import sys
 from benchmarks.case import ONE_BY_ONE, Case, Side
 from benchmarks.runner import main
 
-# A step of eight rows in two forwards: as fast with us, and half the activations.
+# A step of eight rows in two forwards.
 HALVES = {"micro_batch_size": 4}
 CASES = (
     Case(
         name="sft",
-        ours=Side("alignpipe", "benchmarks.ours:sft", HALVES),
+        ours=Side("alignpipe", "benchmarks.ours:sft"),
         peers=(
             *(
                 Side(f"SFTTrainer {way}", "benchmarks.peers:sft", {"way": way})
