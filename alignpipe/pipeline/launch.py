@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 
 from alignpipe.artifact import remove_tree, write_text
 from alignpipe.config import SHARDED, LaunchConfig
@@ -21,6 +22,8 @@ from alignpipe.task import ERRORS, STOP, STUCK, Task
 
 # In a stage's working folder: the attempt under way.
 RENDEZVOUS = "rendezvous"
+# Characters of what a library says of a lost process.
+MAX_TOLD = 80
 
 
 def num_processes(launch: LaunchConfig) -> int:
@@ -164,9 +167,11 @@ def first_error(task: Task) -> AlignpipeError:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(error["trace"], encoding="utf-8")
     if not real:
+        # Without where in a library's source it was said: what a person may do about it stands behind.
+        how = shorten(re.sub(r"\[\S+:\d+\] ", "", error["message"]), MAX_TOLD, placeholder=" ...")
         silent = [f"rank{n}" for n in range(num_processes(task.launch)) if f"rank{n}" not in said]
         return ProcessLost(
-            f"{task.name}: {rank} lost {' and '.join(silent) or 'the others'} ({error['message']}) within "
+            f"{task.name}: {rank} lost {' and '.join(silent) or 'the others'} ({how}) within "
             f"launch.timeout={task.launch.timeout:g} s; see {log}; run the same command to go on"
         )
     return AlignpipeError(f"stage {task.name} failed on {rank}: {error['message']}; see {log}")
