@@ -33,6 +33,7 @@ class Size:
         kv_heads: of keys and values; as many as of queries for None.
         questions: prompts of a rollout, and of the best of several.
         prompts: of mixed length, answered in one repetition.
+        quick_rows: demonstrations of a repetition that is cut short.
     """
 
     hidden: int
@@ -45,6 +46,7 @@ class Size:
     kv_heads: int | None = None
     questions: int = 16
     prompts: int = 32
+    quick_rows: int = 24
 
     @property
     def num_parameters(self) -> int:
@@ -59,7 +61,9 @@ SIZES = {
     "S": Size(192, 512, 6, 6, 2048, rows=48, pairs=24),
     "M": Size(512, 1376, 8, 8, 8192, rows=24, pairs=12),
     # The shape of Llama 3.2 1B.
-    "1B": Size(2048, 8192, 16, 32, 32768, rows=256, pairs=128, kv_heads=8, questions=64, prompts=128),
+    "1B": Size(
+        2048, 8192, 16, 32, 32768, rows=256, pairs=128, kv_heads=8, questions=64, prompts=128, quick_rows=64
+    ),
 }
 # What is compared on a CPU.
 CPU_SIZES = ("S", "M")

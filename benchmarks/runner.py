@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from alignpipe.data.template import NAMED
-from benchmarks.case import CPU_SIZES, Case, Job, Measured, Side
+from benchmarks.case import CPU_SIZES, SIZES, Case, Job, Measured, Side
 from benchmarks.table import HEAD, Result, line
 
 ROOT = Path(__file__).parents[1]
 # What a person may shorten a run to; the losses are still compared.
-QUICK_ROWS, QUICK_PAIRS = 24, 2
+QUICK_PAIRS = 2
 
 
 class SideFailed(Exception):
@@ -172,7 +172,7 @@ def main(cases: Sequence[Case], argv: Sequence[str] | None = None, known: Sequen
     parser.add_argument("--pairs", type=int, default=Options.pairs)
     parser.add_argument("--repetitions", type=int, default=Options.repetitions)
     parser.add_argument("--threads", type=int, default=Options.threads)
-    parser.add_argument("--rows", type=int, help="of one repetition, a multiple of 8; half as many pairs")
+    parser.add_argument("--rows", type=int, help="of one repetition, whole steps; half as many pairs")
     parser.add_argument("--data", type=Path, help="holds gsm8k_train.jsonl and hh_harmless_pairs.jsonl")
     parser.add_argument("--template", choices=NAMED, default=Options.template, help="of the rows")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks.json"))
@@ -183,7 +183,9 @@ def main(cases: Sequence[Case], argv: Sequence[str] | None = None, known: Sequen
     options = Options(given.pairs, given.repetitions, given.threads, given.rows, given.data, given.template)
     sizes = given.sizes
     if given.quick:
-        options = replace(options, pairs=QUICK_PAIRS, repetitions=1, rows=QUICK_ROWS, first_peer=True)
+        options = replace(
+            options, pairs=QUICK_PAIRS, repetitions=1, rows=SIZES[known[0]].quick_rows, first_peer=True
+        )
         sizes = known[:1]
     chosen = [case for case in cases if not given.words or any(word in case.name for word in given.words)]
     return run(chosen, sizes, options, given.out)

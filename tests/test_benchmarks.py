@@ -177,9 +177,10 @@ def test_every_case_has_targets_of_its_sizes_and_labels_of_its_own(
     for case in cases:
         assert set(case.targets) <= set(sizes) <= set(SIZES)
         for size in (SIZES[name] for name in sizes):
-            rows = size.rows if case.name == "sft" else size.pairs
             # A repetition has whole steps, and a rollout every question.
-            assert rows % case.settings.get("batch_size", rows) == 0
+            for rows in (size.rows, size.quick_rows):
+                of_case = rows if case.name == "sft" else rows // 2
+                assert of_case % case.settings.get("batch_size", of_case) == 0
             assert case.settings.get("rollout_size", size.questions) == size.questions
         labels = [side.label for side in (case.ours, *case.peers)]
         assert len(set(labels)) == len(labels)

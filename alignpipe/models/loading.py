@@ -45,7 +45,6 @@ from alignpipe.models.adapters import (
 )
 from alignpipe.models.attention import allow_packing
 from alignpipe.models.files import check_files
-from alignpipe.models.sharding import is_sharded
 
 MAX_POSITIONS = 512
 # A narrow model learns sooner from larger first weights, and its texts are shorter than a long rope's first turn.
@@ -354,27 +353,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def cast_once(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, autocast turns each matrix of a model into 16 bits once, not at every forward.
-
-    Of weights that want a gradient it keeps the copy until it ends, of frozen ones it makes one for every product,
-    which costs more than the product where a forward is of one token a response. For a block without gradients.
-    """
-    frozen = []
-    # Weights cut over processes are gathered in 16 bits.
-    if torch.is_autocast_enabled(model.device.type) and not is_sharded(model):
-        weights = (parameter for parameter in model.parameters() if parameter.is_floating_point())
-        frozen = [parameter for parameter in weights if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def _copies(role: Role, setting: Setting, *, backward: bool = False, sampling: b
     found = 0.0
     if width < WIDE:
         # Autocast keeps a 16-bit copy of every matrix that is trained, that a gradient passes through, or that is read
-        # token by token (models/loading.py: cast_once, which weights in 4 bits do without); the head too.
+        # token by token (models/casting.py, which weights in 4 bits do without); the head too.
         every = backward or not setting.adapted or (sampling and setting.adapter.kind != "qlora")
         matrices = shape.num_layers * shape.matrices * every + learnt * setting.adapted
         found += width * (matrices + shape.embedding * (not role.scalar))

@@ -7,7 +7,6 @@ Continuous batching (Orca, OSDI 2022) inside one call.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,8 +19,9 @@ from alignpipe.config import SamplingConfig
 from alignpipe.data.grouping import group_size
 from alignpipe.data.tokenizer import Tokenizer
 from alignpipe.errors import ConfigError
-from alignpipe.models.loading import cast_once, evaluating, max_positions
-from alignpipe.models.sharding import in_step, is_sharded
+from alignpipe.models.casting import without_gradients
+from alignpipe.models.loading import evaluating, max_positions
+from alignpipe.models.sharding import in_step
 from alignpipe.rollout.decoder import Decoder, decoding
 from alignpipe.rollout.sampling import pick, uniforms
 
@@ -128,8 +128,7 @@ def generate(  # noqa: PLR0913  (all but the first two are keywords)
     found: dict[tuple[int, int], Sample] = {}
     with (
         evaluating(model),
-        cast_once(model),
-        _without_gradients(model),
+        without_gradients(model),
         in_step(model),
         decoding(
             model,
@@ -188,14 +187,6 @@ def sample(
         batch_size=config.generation_batch_size,
         on_batch=on_batch,
     )
-
-
-def _without_gradients(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Inference mode, whose calls cost least, where nothing speaks against it."""
-    # Weights that are gathered in it could not be trained afterwards, and autocast keeps no copies of weights in it.
-    if is_sharded(model) or torch.is_autocast_enabled(model.device.type):
-        return torch.no_grad()
-    return torch.inference_mode()
 
 
 def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
